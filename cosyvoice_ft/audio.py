@@ -1,0 +1,191 @@
+"""Sound files and acoustic features: the one reader, the one writer, and the three spectra the networks look at.
+
+    file --load_wav--> wav --pad_to_token--> wav24k --log_mel--> speech_feat (T, 80)        50 Hz: flow, vocoder
+                                               |
+                                            resample--> wav16k --whisper_mel--> (128, T)   100 Hz: speech tokenizer
+                                                               --fbank--------> (T, 80)    100 Hz: campplus
+
+A wave padded once at 24 kHz gives exactly 2 mel frames and 4 whisper frames per token; a wave padded twice, or not at
+all, gives two mel frames too many for a quarter of all lengths. Pad first, then derive everything from that wave.
+
+wav: float32 tensor (T,) in [-1, 1], one channel. Constants of the signal path are made on first use, kept per device.
+"""
+
+import math
+import shlex
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import soundfile
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchaudio.compliance import kaldi
+from torchaudio.functional import melscale_fbanks
+from torchaudio.transforms import Resample
+
+from cosyvoice_ft.files import BadInput, whole
+
+SAMPLE_RATE = 24000  # Hz: mel, vocoder, everything written
+ANALYSIS_RATE = 16000  # Hz: whisper mel and fbank; also the lowest rate of a recording
+TOKEN_RATE = 25  # Hz: speech tokens
+TOKEN_SECONDS = 1 / TOKEN_RATE  # 0.04 s
+HOP = 480  # samples at 24 kHz = 20 ms: one mel frame
+FFT = 1920  # samples at 24 kHz = 80 ms: window and transform of the mel
+N_MELS = 80
+FMAX = 8000  # Hz: upper edge of the highest mel band
+WHISPER_HOP = 160  # samples at 16 kHz = 10 ms
+WHISPER_MELS = 128
+FBANK_MELS = 80
+
+TOKEN_SAMPLES = SAMPLE_RATE // TOKEN_RATE  # samples at 24 kHz = 40 ms
+MEL_PER_TOKEN = TOKEN_SAMPLES // HOP
+WHISPER_PER_TOKEN = ANALYSIS_RATE // TOKEN_RATE // WHISPER_HOP
+assert (TOKEN_SAMPLES, MEL_PER_TOKEN, WHISPER_PER_TOKEN) == (960, 2, 4)
+assert TOKEN_SAMPLES == MEL_PER_TOKEN * HOP and ANALYSIS_RATE == TOKEN_RATE * WHISPER_PER_TOKEN * WHISPER_HOP
+
+LARGEST_KERNEL = 2**25  # taps of a resampling filter; 44101 Hz would need 10^9, every usual rate fewer than 10^6
+FORMATS = {".wav": "WAV", ".flac": "FLAC"}
+
+
+def load_wav(path: str | Path, sample_rate: int | None = None) -> Tensor:
+    """Read a sound file as wav (T,): mean over its channels, resampled to `sample_rate` Hz (None: as recorded).
+
+    A wave that leaves [-1, 1] (float files, overshoot of resampling) is divided by its largest magnitude.
+    Raises BadInput for a file that is missing, no file, empty, undecodable, cut off, below 16 kHz or not finite.
+    """
+    with _open(path) as sound:
+        try:
+            samples = sound.read(dtype="float32", always_2d=True)  # (T, channels)
+        except soundfile.LibsndfileError as error:
+            raise BadInput(f"{path}: decoding fails ({error.error_string}); copy or record it again") from error
+        if len(samples) < 0.9 * sound.frames:  # a compressed file may well differ from its header by some frames
+            raise BadInput(f"{path}: {len(samples)} of {sound.frames} samples can be decoded; copy the file again")
+        wav, source_rate = torch.from_numpy(samples).mean(dim=1), sound.samplerate
+    if not wav.isfinite().all():
+        raise BadInput(f"{path}: holds samples that are not numbers (NaN or infinite); write the file again")
+    wav = resample(wav, source_rate, sample_rate or source_rate)
+    return wav / wav.abs().max().clamp(min=1.0)
+
+
+def duration(path: str | Path) -> tuple[float, int]:
+    """Return (seconds, samples at the file's own rate) by its header, without decoding. Raises BadInput as load_wav."""
+    with _open(path) as sound:
+        return sound.frames / sound.samplerate, sound.frames
+
+
+def _open(path: str | Path) -> soundfile.SoundFile:
+    """Open a sound file whose header promises something that can be used, or raise BadInput."""
+    path = Path(path)
+    if path.is_dir() or not path.exists():
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise BadInput(f"{path}: {what}; give a sound file (wav, flac, ogg, mp3)")
+    if path.stat().st_size == 0:
+        raise BadInput(f"{path}: the file is empty (0 bytes); copy it again")
+    cure = f"convert it: ffmpeg -i {shlex.quote(str(path))} -ar {SAMPLE_RATE} new.wav"
+    try:
+        sound = soundfile.SoundFile(path)
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless *.raw
+        reason = getattr(error, "error_string", error)
+        raise BadInput(f"{path}: not a sound file that can be decoded ({reason}); {cure}") from error
+    rate, samples = sound.samplerate, sound.frames
+    common = math.gcd(rate, SAMPLE_RATE)
+    if samples == 0:
+        problem = "holds no samples; record it again or leave it out"
+    elif samples == sys.maxsize:
+        problem = f"written to a pipe, its header does not tell the length; {cure}"
+    elif rate < ANALYSIS_RATE:
+        problem = f"{rate} Hz; recordings need at least {ANALYSIS_RATE} Hz, leave it out"
+    elif (rate // common) * (SAMPLE_RATE // common) > LARGEST_KERNEL:
+        problem = f"{rate} Hz is no usual rate; {cure}"
+    else:
+        return sound
+    sound.close()
+    raise BadInput(f"{path}: {problem}")
+
+
+def save_wav(path: str | Path, wav: Tensor, sample_rate: int) -> None:
+    """Write wav (T,) as 16-bit .wav or .flac, whole or not at all; what leaves [-1, 1] is clipped, folders are made.
+
+    Raises BadInput for another suffix, ValueError for samples that are not numbers.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise BadInput(f"{path}: cannot write '{path.suffix}'; name it {' or '.join('*' + name for name in FORMATS)}")
+    if not wav.isfinite().all():
+        raise ValueError(f"{path}: the wave holds NaN or infinite samples")
+    samples = wav.detach().cpu().clamp(-1.0, 1.0).numpy()
+    with whole(path) as part, open(part, "wb") as file:
+        soundfile.write(file, samples, sample_rate, format=FORMATS[path.suffix.lower()], subtype="PCM_16")
+
+
+def resample(wav: Tensor, source_rate: int, target_rate: int) -> Tensor:
+    """Resample (..., T) to (..., ceil(T * target_rate / source_rate)): windowed sinc, torchaudio's defaults."""
+    return wav if source_rate == target_rate else _resampler(source_rate, target_rate, wav.device)(wav)
+
+
+def pad_to_token(wav: Tensor, sample_rate: int) -> Tensor:
+    """Append zeros to (..., T) up to a whole number of speech tokens (40 ms)."""
+    samples, rest = divmod(sample_rate, TOKEN_RATE)
+    if rest:
+        raise ValueError(f"a token of {TOKEN_SECONDS} s is not a whole number of samples at {sample_rate} Hz")
+    return functional.pad(wav, (0, -wav.shape[-1] % samples))
+
+
+def log_mel(wav24k: Tensor, fmax: float = FMAX) -> Tensor:
+    """Log mel spectrum of a wave (T,) at 24 kHz as (T // 480, 80): log of Slaney-filtered magnitudes, floor 1e-5.
+
+    Frames are not centred: 720 reflected samples at both ends make frame k start at sample 480 k - 720.
+    Raises BadInput for less than a token (40 ms) of sound. Source: the mel of Matcha-TTS / HiFi-GAN.
+    """
+    _require_token(wav24k, SAMPLE_RATE)
+    edge = (FFT - HOP) // 2
+    wav = functional.pad(wav24k[None], (edge, edge), mode="reflect")[0]
+    spectrum = torch.stft(wav, FFT, HOP, window=_window(wav.device), center=False, return_complex=True)  # (961, T)
+    magnitude = (spectrum.real.square() + spectrum.imag.square() + 1e-9).sqrt()
+    return (magnitude.T @ _mel_filters(fmax, wav.device)).clamp(min=1e-5).log()
+
+
+def whisper_mel(wav16k: Tensor) -> Tensor:
+    """Whisper's log mel of one wave (T,) at 16 kHz as (128, T // 160).
+
+    Its floor lies 8 decades below the loudest point of what is handed in: never concatenate, batch or pad further.
+    Raises BadInput for less than a token (40 ms) of sound.
+    """
+    from whisper.audio import log_mel_spectrogram  # brings a compiler along, which only this function should pay for
+
+    _require_token(wav16k, ANALYSIS_RATE)
+    return log_mel_spectrogram(wav16k, n_mels=WHISPER_MELS)
+
+
+def fbank(wav16k: Tensor) -> Tensor:
+    """Kaldi's log filter bank of a wave (T,) at 16 kHz as (frames, 80), 25 ms every 10 ms, minus its mean over time.
+
+    Raises BadInput for less than a token (40 ms) of sound.
+    """
+    _require_token(wav16k, ANALYSIS_RATE)
+    features = kaldi.fbank(wav16k[None], num_mel_bins=FBANK_MELS, dither=0.0, sample_frequency=ANALYSIS_RATE)
+    return features - features.mean(dim=0)
+
+
+def _require_token(wav: Tensor, sample_rate: int) -> None:
+    if wav.shape[-1] * TOKEN_RATE < sample_rate:
+        needed = sample_rate // TOKEN_RATE
+        raise BadInput(f"{wav.shape[-1]} samples at {sample_rate} Hz are too short; {needed} (40 ms) is the least")
+
+
+@lru_cache
+def _resampler(source_rate: int, target_rate: int, device: torch.device) -> Resample:
+    return Resample(source_rate, target_rate).to(device)
+
+
+@lru_cache
+def _window(device: torch.device) -> Tensor:
+    return torch.hann_window(FFT, device=device)
+
+
+@lru_cache
+def _mel_filters(fmax: float, device: torch.device) -> Tensor:
+    """(961, 80): one triangle of unit area per column, evenly spaced on Slaney's mel scale from 0 to `fmax` Hz."""
+    return melscale_fbanks(FFT // 2 + 1, 0.0, fmax, N_MELS, SAMPLE_RATE, norm="slaney", mel_scale="slaney").to(device)

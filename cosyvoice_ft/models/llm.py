@@ -1,0 +1,239 @@
+"""The language model of CosyVoice2: Qwen2 continues text with speech tokens (Du et al., CosyVoice 2, 2024, section 2.2).
+
+One row is a sequence of embeddings from three tables: text (Qwen2's own), speech, and two special vectors:
+
+    input    sos  text_1 .. text_N  task  speech_1 .. speech_S
+    target    -    -         -        speech_1  ..  speech_S  eos
+
+so the target of a position is what follows it, and positions marked - carry no loss. A streaming ("bistream") row
+interleaves blocks of 5 text and 15 speech tokens; after each full block the model learns to say `fill`, "give me
+more text" (ibid., figure 2):
+
+    input    sos  t1 .. t5  s1 .. s15  t6 .. t10  s16 .. s30   rest of text  task  rest of speech
+    target    -   - .. s1   s2 .. fill  - .. s16  ..     fill   -            s31   ..         eos
+
+The loss is the cross entropy at the target positions; logits over the 151,936 text ids are never computed.
+
+    B rows   L positions   N target positions   D hidden size   V = n + 3 output classes, n = 6561 speech tokens
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+PADDING, SPECIAL, TEXT, SPEECH = range(4)  # kinds of input positions: which table a position's embedding comes from
+SOS, TASK = 0, 1  # rows of the special table
+NO_TARGET = -1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a row is laid out: `speech_token_size` codes, then eos, (unused), fill; blocks of `mix_ratio` text:speech."""
+
+    speech_token_size: int = 6561
+    mix_ratio: tuple[int, int] = (5, 15)
+
+    @property
+    def eos(self) -> int:
+        return self.speech_token_size
+
+    @property
+    def fill(self) -> int:
+        return self.speech_token_size + 2
+
+    @property
+    def stop(self) -> range:
+        """The ids that end decoding."""
+        return range(self.speech_token_size, self.speech_token_size + 3)
+
+    def row(self, text: np.ndarray, speech: np.ndarray, bistream: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (kind, index, target), each (L,), of text (Nt,) and speech (S,).
+
+        A bistream row needs more than 15/5 speech tokens a text token; others are laid out unistream.
+        """
+        n_text, n_speech = self.mix_ratio
+        if not (bistream and len(speech) / max(len(text), 1) > n_speech / n_text):
+            return _join([_special(SOS), _text(text), _special(TASK), _speech(speech, self.eos)])
+        blocks = [_special(SOS)]
+        for j in range(len(text) // n_text):
+            block = speech[j * n_speech : (j + 1) * n_speech]
+            blocks += [_text(text[j * n_text : (j + 1) * n_text]), _speech(block, self.fill)]
+        full = len(text) // n_text
+        rest = [_text(text[full * n_text :]), _special(TASK), _speech(speech[full * n_speech :], self.eos)]
+        return _join(blocks + rest)
+
+
+# A piece is (kind, index, says): `says` are the tokens to be predicted from here on, starting one position before.
+def _special(row: int) -> tuple[int, np.ndarray, np.ndarray]:
+    return SPECIAL, np.array([row]), np.array([NO_TARGET])
+
+
+def _text(ids: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    return TEXT, ids, np.full(len(ids), NO_TARGET)
+
+
+def _speech(ids: np.ndarray, then: int) -> tuple[int, np.ndarray, np.ndarray]:
+    return SPEECH, ids, np.append(ids, then)
+
+
+def _join(pieces: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    kind = np.concatenate([np.full(len(index), kind) for kind, index, _ in pieces])
+    index = np.concatenate([index for _, index, _ in pieces]).astype(np.int64)
+    target, end = np.full(len(index), NO_TARGET), 0
+    for number, piece, says in pieces:
+        if number == SPEECH:
+            target[end - 1 : end + len(piece)] = says
+        end += len(piece)
+    return kind, index, target
+
+
+def collate(
+    rows: Sequence[dict], rngs: Sequence[np.random.Generator], *, layout: Layout, bistream: bool | None = None
+) -> dict[str, Tensor]:
+    """Lay out utterances with `text_token` (Nt,) and `speech_token` (S,) as one padded batch.
+
+    A row is bistream when its own coin is below 0.5; `bistream` fixes the choice (the coin is drawn all the same).
+    Returns kind, index (B, L), the targets flat: target, target_position (N,), positions in B * L, and count, N.
+    """
+    coins = [rng.random() < 0.5 for rng in rngs]
+    laid = [
+        layout.row(row["text_token"], row["speech_token"], coin if bistream is None else bistream)
+        for row, coin in zip(rows, coins, strict=True)
+    ]
+    batch = np.zeros((3, len(rows), max(len(kind) for kind, _, _ in laid)), dtype=np.int64)
+    batch[2] = NO_TARGET
+    for i, row in enumerate(laid):
+        batch[:, i, : len(row[0])] = row
+    kind, index, target = torch.from_numpy(batch)
+    position = (target.view(-1) != NO_TARGET).nonzero()[:, 0]
+    target = target.view(-1)[position]
+    return {"count": float(len(target)), "kind": kind, "index": index, "target": target, "target_position": position}
+
+
+def smoothed_loss(logits: Tensor, target: Tensor, lsm_weight: float) -> Tensor:
+    """Return sum over N of KL(q || softmax(logits)), q = 1 - eps on the target and eps / (V - 1) elsewhere.
+
+    logits (N, V), target (N,). eps = 0 gives the cross entropy. (Label smoothing: Szegedy et al., 2016.)
+    """
+    logits = logits.float()
+    if lsm_weight == 0:
+        return F.cross_entropy(logits, target, reduction="sum")
+    logp = logits.log_softmax(-1)
+    rest = lsm_weight / (logits.shape[1] - 1)
+    hit = logp.gather(1, target[:, None]).sum()
+    cross = -(1 - lsm_weight - rest) * hit - rest * logp.sum()
+    entropy = -(1 - lsm_weight) * np.log(1 - lsm_weight) - lsm_weight * np.log(rest)
+    return cross - entropy * len(target)
+
+
+class Qwen2Encoder(nn.Module):
+    """Holds Qwen2 under the published name `llm.model`."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        self.model = Qwen2ForCausalLM(config)
+
+
+class Qwen2LM(nn.Module):
+    """Text and speech tokens in, log-probabilities of the next speech token out."""
+
+    def __init__(
+        self,
+        *,
+        config: Qwen2Config,
+        speech_token_size: int = 6561,
+        mix_ratio: Sequence[int] = (5, 15),
+        lsm_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.layout = Layout(speech_token_size, tuple(mix_ratio))
+        self.lsm_weight = lsm_weight
+        self.llm_embedding = nn.Embedding(2, config.hidden_size)
+        self.llm = Qwen2Encoder(config)
+        self.llm_decoder = nn.Linear(config.hidden_size, speech_token_size + 3)
+        self.speech_embedding = nn.Embedding(speech_token_size + 3, config.hidden_size)
+
+    @classmethod
+    def from_weights(cls, weights: dict[str, Tensor], *, qwen_config: dict, **settings) -> Self:
+        """Build with the sizes of `weights` and of CosyVoice-BlankEN/config.json, and load strictly.
+
+        Raises RuntimeError when names or shapes do not fit.
+        """
+        config = Qwen2Config.from_dict(dict(qwen_config) | {"attn_implementation": "sdpa"})
+        with torch.device("meta"):
+            model = cls(config=config, speech_token_size=len(weights["speech_embedding.weight"]) - 3, **settings)
+        qwen = model.llm.model
+        text_table = weights["llm.model.model.embed_tokens.weight"]
+        model.load_state_dict({"llm.model.lm_head.weight": text_table} | weights, strict=True, assign=True)
+        qwen.lm_head.weight = qwen.model.embed_tokens.weight  # tied; loading by assignment made two of them
+        qwen.model.rotary_emb = Qwen2RotaryEmbedding(config)  # its buffer is in no state dict
+        return model
+
+    def embed(self, kind: Tensor, index: Tensor) -> Tensor:
+        """Look up each position in the table of its kind: kind, index (B, L) -> (B, L, D); padding gives zeros."""
+        tables = {SPECIAL: self.llm_embedding, TEXT: self.llm.model.model.embed_tokens, SPEECH: self.speech_embedding}
+        xs = None
+        for number, table in tables.items():
+            here = kind == number
+            part = table(index * here) * here[..., None]
+            xs = part if xs is None else xs + part
+        return xs
+
+    def hidden(self, xs: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """Run Qwen2 causally over xs (B, L, D), after what `cache` holds; return the normed last states (B, L, D).
+
+        No mask: rows are padded on the right, so what a position sees is never padding, and padding is not read.
+        """
+        out = self.llm.model.model(inputs_embeds=xs, past_key_values=cache, use_cache=cache is not None)
+        return out.last_hidden_state
+
+    def forward(self, kind: Tensor, index: Tensor, target: Tensor, target_position: Tensor) -> dict[str, Tensor]:
+        """Return loss (sum over the N targets) and hits (correct argmax) of a batch made by `collate`."""
+        states = self.hidden(self.embed(kind, index))
+        logits = self.llm_decoder(states.flatten(0, 1).index_select(0, target_position))
+        return {
+            "loss": smoothed_loss(logits, target, self.lsm_weight),
+            "hits": (logits.argmax(-1) == target).sum(),
+        }
+
+    def log_probs(self, xs: Tensor, cache: DynamicCache) -> Tensor:
+        """Feed xs (B, L, D) after the cache; return log-probabilities (B, V) of what follows the last position."""
+        return self.llm_decoder(self.hidden(xs, cache)[:, -1]).float().log_softmax(-1)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        text: Sequence[int],
+        *,
+        sample: Callable[[Tensor, Sequence[int]], int],
+        prompt_text: Sequence[int] = (),
+        prompt_speech: Sequence[int] = (),
+        min_token_text_ratio: float = 2,
+        max_token_text_ratio: float = 20,
+    ) -> Iterator[int]:
+        """Yield speech tokens for `text` until a stop id, or for `max_token_text_ratio` tokens a text token.
+
+        `sample(log_probs (V,), decoded)` chooses the next id. The ratios count the text to speak, not the prompt's.
+        """
+        eos, device = self.layout.eos, self.llm_decoder.weight.device
+        pieces = [(SPECIAL, [SOS]), (TEXT, [*prompt_text, *text]), (SPECIAL, [TASK]), (SPEECH, [*prompt_speech])]
+        kind = torch.tensor([[kind for kind, ids in pieces for _ in ids]], device=device)
+        index = torch.tensor([[i for _, ids in pieces for i in ids]], device=device)
+        xs, cache, decoded = self.embed(kind, index), DynamicCache(), []
+        for i in range(int(len(text) * max_token_text_ratio)):
+            scores = self.log_probs(xs, cache)[0]
+            if i < int(len(text) * min_token_text_ratio):
+                scores[eos] = -torch.inf
+            token = sample(scores, decoded)
+            if token in self.layout.stop:
+                return
+            yield token
+            decoded.append(token)
+            xs = self.speech_embedding(torch.tensor([[token]], device=device))

@@ -1,0 +1,67 @@
+"""What all tests share: where recorded numbers and real recordings lie, and the record of what was compared."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "tests" / "assets"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--goldens", type=Path, default=ASSETS, help="folder of recorded inputs and outputs of the reference")
+
+
+@pytest.fixture(scope="session")
+def goldens(request: pytest.FixtureRequest) -> Path:
+    """Folder with the numbers recorded from the reference implementation."""
+    return request.config.getoption("--goldens")
+
+
+@pytest.fixture(scope="session")
+def speech_dir() -> Path:
+    """Folder of real recordings, named by SPEECH_DIR; the tests that need it say that they skip without it."""
+    folder = os.environ.get("SPEECH_DIR")
+    if not folder:
+        pytest.skip("SPEECH_DIR is not set: tests on real recordings need a folder with ljspeech-200/")
+    return Path(folder)
+
+
+def as_array(value) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    return np.asarray(value)
+
+
+@pytest.fixture(scope="session")
+def compare() -> Callable[..., None]:
+    """compare(file, array, ours, expected, *, atol, rtol): shapes equal, values within tolerance (both 0: equal)."""
+
+    def check(file: str, array: str, ours, expected, *, atol: float = 0.0, rtol: float = 0.0) -> None:
+        ours, expected = as_array(ours), as_array(expected)
+        assert ours.shape == expected.shape, f"{file} {array}: shape {ours.shape}, recorded {expected.shape}"
+        np.testing.assert_allclose(ours, expected, atol=atol, rtol=rtol, err_msg=f"{file} {array}")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def run_tool() -> Callable[..., subprocess.CompletedProcess]:
+    """run_tool("tools/x.py", args...): the finished process with its text output, from the root of the project."""
+
+    def run(*command, status: int | None = 0, **kwargs) -> subprocess.CompletedProcess:
+        command = [str(part) for part in command]
+        if command[0].endswith(".py"):
+            command.insert(0, sys.executable)
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, **kwargs)
+        if status is not None:
+            assert done.returncode == status, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run

@@ -1,0 +1,174 @@
+"""The vocoder against the recorded numbers of the reference, and the files it has to read."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cosyvoice_ft.files import BadInput
+from cosyvoice_ft.models.hift import HiFTGenerator
+
+NPZ, JSON = "hift_cv2.npz", "hift_cv2.json"
+F0_TOLERANCE, SOURCE_TOLERANCE, DECODE_TOLERANCE, WAV_TOLERANCE = 5e-3, 1e-3, 1e-4, 5e-3  # Hz; the others: amplitude
+EDGE = 20  # frames at the end of a padded row that differ from those of the row alone
+
+
+@pytest.fixture(scope="module")
+def arrays(goldens):
+    with np.load(goldens / NPZ) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def recorded(goldens):
+    return json.loads((goldens / JSON).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def weights(goldens):
+    return load_file(goldens / "hift_cv2.weights.safetensors")
+
+
+@pytest.fixture
+def model(weights):
+    return HiFTGenerator.from_weights(weights)
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def test_names_and_shapes_are_the_published_ones(goldens):
+    with torch.device("meta"):
+        state = HiFTGenerator().state_dict()
+    table = (goldens / "keys" / "hift_cv2.tsv").read_text(encoding="utf-8").splitlines()
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+    ours = {f"{name}\t{'x'.join(map(str, tensor.shape))}\tfloat32" for name, tensor in state.items()}
+    assert ours == set(table)
+
+
+def test_f0(model, arrays, compare, no_grad):
+    f0 = model.predict_f0(arrays["mel"])
+    compare(NPZ, "f0", f0, arrays["f0"], atol=F0_TOLERANCE)
+
+
+def test_source_of_recorded_f0(model, arrays, compare, no_grad):
+    f0, noise = arrays["f0"], arrays["sine_noise"]
+    compare(NPZ, "uv_frames", model.m_source.voiced(f0).float(), arrays["uv_frames"])
+    sines = model.m_source.sines(f0, noise)[:, ::7]
+    compare(NPZ, "raw_sines_every_7", sines, arrays["raw_sines_every_7"], atol=SOURCE_TOLERANCE)
+    compare(NPZ, "source", model.source(f0, noise), arrays["source"], atol=SOURCE_TOLERANCE)
+
+
+def test_decode_of_recorded_source(model, arrays, compare, no_grad):
+    wav = model.decode(arrays["mel"], arrays["source"])
+    compare(NPZ, "decode.wav", wav, arrays["decode.wav"], atol=DECODE_TOLERANCE)
+
+
+def test_inference(model, arrays, compare, no_grad):
+    wav, source = model(arrays["mel"], sine_noise=arrays["sine_noise"])
+    assert source.shape == (1, 1, model.hop * 16)
+    compare(NPZ, "inference.wav", wav, arrays["inference.wav"], atol=WAV_TOLERANCE)
+
+
+def test_inference_goes_on_from_a_cached_source(model, arrays, compare, no_grad):
+    cache = arrays["inference_cache.cache_source"]
+    wav, source = model(arrays["mel"], sine_noise=arrays["sine_noise"], cache_source=cache)
+    head = arrays["inference_cache.source_head"]
+    compare(NPZ, "inference_cache.wav", wav, arrays["inference_cache.wav"], atol=WAV_TOLERANCE)
+    compare(NPZ, "inference_cache.source_head", source[..., : head.shape[-1]], head, atol=SOURCE_TOLERANCE)
+    assert torch.equal(source[..., : cache.shape[-1]], cache)
+
+
+def test_training(model, arrays, recorded, compare):
+    wav, f0 = model.training_forward(arrays["train.speech_feat"], arrays["train.sine_noise"])
+    compare(NPZ, "train.wav", wav, arrays["train.wav"], atol=WAV_TOLERANCE)
+    compare(NPZ, "train.f0", f0, arrays["train.f0"], atol=F0_TOLERANCE)
+    loss = (wav - arrays["train.target"]).abs().mean() + 0.001 * f0.mean()
+    loss.backward()
+    compare(JSON, "train.loss", loss, recorded["train"]["loss"], rtol=1e-5)
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    expected = recorded["train"]["grad_norm"]
+    assert norms.keys() == expected.keys()
+    compare(JSON, "train.grad_norm", list(norms.values()), [expected[name] for name in norms], rtol=1e-3)
+
+
+def test_weights_survive_a_round_trip(model, arrays, recorded, no_grad):
+    names = ("upsample_rates", "resblock_dilation_sizes", "source_resblock_dilation_sizes", "audio_limit")
+    settings = {name: recorded["config"][name] for name in names}
+    again = HiFTGenerator.from_weights(model.state_dict(), **settings)
+    assert again.state_dict().keys() == recorded["state_dict_keys"].keys()
+    for name, shape in recorded["state_dict_keys"].items():
+        assert list(again.state_dict()[name].shape) == shape
+        assert torch.equal(again.state_dict()[name], model.state_dict()[name]), name
+    assert all(p.requires_grad and not p.is_meta for p in again.parameters())
+    assert torch.equal(again.decode(arrays["mel"], arrays["source"]), model.decode(arrays["mel"], arrays["source"]))
+
+
+@pytest.mark.parametrize("prefix", ["", "generator."])
+def test_older_weight_norm_names_and_gan_checkpoints_load(weights, prefix):
+    older = {}
+    for name, tensor in weights.items():
+        name = name.replace("parametrizations.weight.original0", "weight_g")
+        older[prefix + name.replace("parametrizations.weight.original1", "weight_v")] = tensor
+    assert f"{prefix}ups.0.weight_g" in older
+    older["discriminator.mpd.0.bias"] = torch.zeros(1)
+    state = HiFTGenerator.from_weights(older).state_dict()
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[name], weights[name]) for name in weights)
+
+
+def test_weights_of_something_else_are_refused(weights):
+    with pytest.raises(BadInput, match="no conv_pre"):
+        HiFTGenerator.from_weights({"llm_decoder.weight": torch.zeros(3, 3)})
+    name = "conv_pre.parametrizations.weight.original1"
+    with pytest.raises(BadInput, match="kernel 5"):  # CosyVoice3
+        HiFTGenerator.from_weights({**weights, name: weights[name][..., :5]})
+    del weights["conv_post.bias"]
+    with pytest.raises(RuntimeError, match="conv_post.bias"):
+        HiFTGenerator.from_weights(weights)
+
+
+def test_folded_weights_sound_the_same(model, arrays, no_grad):
+    unfolded = model.decode(arrays["mel"], arrays["source"])
+    model.fold_weight_norm()
+    assert not any("parametrizations" in name for name in model.state_dict())
+    torch.testing.assert_close(model.decode(arrays["mel"], arrays["source"]), unfolded, atol=1e-6, rtol=0)
+
+
+def test_a_padded_row_is_the_row_alone_up_to_its_edge(model, no_grad):
+    frames, padding = 2 * EDGE, EDGE
+    draw = torch.Generator().manual_seed(0)
+    mel = torch.randn(2, 80, frames + padding, generator=draw)
+    mel[0, :, frames:] = np.log(1e-5)
+    noise = torch.randn(2, model.hop * (frames + padding), 9, generator=draw)
+    together, _ = model(mel, sine_noise=noise)
+    alone, _ = model(mel[:1, :, :frames], sine_noise=noise[:1, : model.hop * frames])
+    same = model.hop * (frames - EDGE)
+    difference = (together[0, : alone.shape[-1]] - alone[0]).abs()
+    assert difference[:same].max() < WAV_TOLERANCE
+    assert difference[same:].max() > 10 * WAV_TOLERANCE
+    full, _ = model(mel[1:], sine_noise=noise[1:])
+    torch.testing.assert_close(together[1], full[0], atol=WAV_TOLERANCE, rtol=0)
+
+
+def test_noise_comes_from_the_caller(model, arrays, no_grad):
+    mel = arrays["mel"]
+    first, again, other = (model(mel, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    with pytest.raises(ValueError, match="noise"):
+        model(mel)
+
+
+def test_source_is_float32_under_autocast(model, arrays, no_grad):
+    f0, source = model.predict_f0(arrays["mel"]), model.source(arrays["f0"], arrays["sine_noise"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.predict_f0(arrays["mel"]), f0)
+        assert torch.equal(model.source(arrays["f0"], arrays["sine_noise"]), source)
+        wav, _ = model(arrays["mel"], sine_noise=arrays["sine_noise"])
+    assert wav.dtype == torch.float32
