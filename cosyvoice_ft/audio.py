@@ -5,8 +5,8 @@
                                             resample--> wav16k --whisper_mel--> (128, T)   100 Hz: speech tokenizer
                                                                --fbank--------> (T, 80)    100 Hz: campplus
 
-A wave padded once at 24 kHz gives exactly 2 mel frames and 4 whisper frames per token; a wave padded twice, or not at
-all, gives two mel frames too many for a quarter of all lengths. Pad first, then derive everything from that wave.
+Pad once, at 24 kHz, and derive everything from that wave: then every token has exactly 2 mel and 4 whisper frames.
+Tokens of the wave as recorded and the mel of the padded one disagree by 2 frames for a quarter of all lengths.
 
 wav: float32 tensor (T,) in [-1, 1], one channel. Constants of the signal path are made on first use, kept per device.
 """
@@ -45,7 +45,7 @@ WHISPER_PER_TOKEN = ANALYSIS_RATE // TOKEN_RATE // WHISPER_HOP
 assert (TOKEN_SAMPLES, MEL_PER_TOKEN, WHISPER_PER_TOKEN) == (960, 2, 4)
 assert TOKEN_SAMPLES == MEL_PER_TOKEN * HOP and ANALYSIS_RATE == TOKEN_RATE * WHISPER_PER_TOKEN * WHISPER_HOP
 
-LARGEST_KERNEL = 2**25  # taps of a resampling filter; 44101 Hz would need 10^9, every usual rate fewer than 10^6
+LARGEST_KERNEL = 2**25  # taps of a resampling filter; 44101 Hz would need 10^9, usual rates need fewer than 10^6
 FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 
 

@@ -32,11 +32,16 @@ class State:
     bad_steps: int = 0  # non-finite updates in a row
 
 
+def world() -> tuple[int, int]:
+    """Return (rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 class TorchEngine:
     """One process, or one rank of DistributedDataParallel under torchrun."""
 
     def __init__(self, model: nn.Module, settings: Mapping, device: torch.device) -> None:
-        self.rank, self.world_size = _world()
+        self.rank, self.world_size = world()
         self.device, self.module = device, model.to(device)
         self.clip, self.dtype = settings["grad_clip"], autocast_dtype(settings["dtype"], device)
         self.model = model
@@ -53,10 +58,6 @@ class TorchEngine:
         waiting = contextlib.nullcontext() if last or self.world_size == 1 else self.model.no_sync()
         with waiting, torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             return self.model(**batch)
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        with contextlib.nullcontext() if last or self.world_size == 1 else self.model.no_sync():
-            loss.backward()
 
     def update(self, lr: float) -> Tensor:
         """Clip, step, clear; return the gradient's norm. A gradient that is not finite is dropped."""
@@ -88,10 +89,6 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
         raise BadInput(f"train.dtype: '{name}' is unknown; one of: auto, bf16, fp32")
     bf16 = name == "bf16" or (name == "auto" and device.type == "cuda")
     return torch.bfloat16 if bf16 else None
-
-
-def _world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def updates(batches: Iterable[dict], accum_grad: int) -> Iterator[list[dict]]:
@@ -159,7 +156,7 @@ def one_update(engine: TorchEngine, group: list[dict], lr: float) -> dict[str, f
     for i, batch in enumerate(group):
         last = i == len(group) - 1
         out = engine.forward(batch, last=last)
-        engine.backward(out["loss"] * (engine.world_size / total), last=last)  # DDP averages over ranks
+        (out["loss"] * (engine.world_size / total)).backward()  # DDP averages over ranks
         for key, value in out.items():
             sums[key] = sums.get(key, 0) + value.detach().double()
     values = engine.total(torch.stack([value.double() for value in sums.values()]))

@@ -28,11 +28,13 @@ from cosyvoice_ft.models.llm import Qwen2LM
 from cosyvoice_ft.models.unet import CausalConditionalDecoder
 
 SEED = 1986
+MERGES = ("Ġ t", "h e", "i n", "r e", "o n", "Ġt he")  # a merges file must not be empty
+END_OF_TEXT = 256 + len(MERGES)  # the bytes, the merges, then the special tokens
 QWEN = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 128,
     "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 384, "tie_word_embeddings": True, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 32768, "bos_token_id": 256, "eos_token_id": 256, "torch_dtype": "bfloat16",
+    "max_position_embeddings": 32768, "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "torch_dtype": "bfloat16",
 }  # fmt: skip
 ENCODER = {"size": 64, "linear_units": 128, "num_blocks": 2, "lookahead_channels": 64}
 ESTIMATOR = {"channels": 64, "time_channels": 256, "inner": 64, "ff": 256, "n_blocks": 1, "num_mid_blocks": 2}
@@ -143,18 +145,18 @@ hift: !new:cosyvoice.hifigan.generator.HiFTGenerator
 
 
 def save_qwen(folder: Path, llm: Qwen2LM) -> None:
-    """Write CosyVoice-BlankEN: the text model in bf16 and a tokenizer that knows the 256 bytes and nothing longer."""
+    """Write CosyVoice-BlankEN: the text model in bf16 and a tokenizer that knows the 256 bytes and little more."""
     from safetensors.torch import save_file
     from tokenizers.pre_tokenizers import ByteLevel
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.to(torch.bfloat16).contiguous() for k, v in llm.llm.model.state_dict().items() if k != "lm_head.weight"}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    vocab = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
-    special = {"256": "<|endoftext|>", "257": "<|im_start|>", "258": "<|im_end|>"}
+    pieces = sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     tokenizer = {
-        "added_tokens_decoder": {number: {"content": text} | flags for number, text in special.items()},
+        "added_tokens_decoder": {str(END_OF_TEXT + i): {"content": text} | flags for i, text in enumerate(special)},
         "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
         "bos_token": None,
         "eos_token": "<|endoftext|>",
@@ -166,9 +168,9 @@ def save_qwen(folder: Path, llm: Qwen2LM) -> None:
     }
     texts = {
         "config.json": json.dumps(QWEN, indent=2),
-        "generation_config.json": json.dumps({"eos_token_id": 256, "bos_token_id": 256}, indent=2),
-        "vocab.json": json.dumps(vocab, ensure_ascii=False),
-        "merges.txt": "#version: 0.2\n",
+        "generation_config.json": json.dumps({"eos_token_id": END_OF_TEXT, "bos_token_id": END_OF_TEXT}, indent=2),
+        "vocab.json": json.dumps({piece: number for number, piece in enumerate(pieces)}, ensure_ascii=False),
+        "merges.txt": "\n".join(("#version: 0.2", *MERGES)),
         "tokenizer_config.json": json.dumps(tokenizer, indent=2),
     }
     for name, text in texts.items():
