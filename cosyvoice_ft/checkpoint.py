@@ -29,14 +29,16 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Load a flat dict of tensors. Raises BadInput for anything else."""
     weights = load(path)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise BadInput(f"{path}: not a flat dict of tensors; a training state (last.pt)? take epoch_N.pt or the model's")
+        raise BadInput(
+            f"{path}: not a flat dict of tensors; a training state (last.pt)? take epoch_N.pt or the model's"
+        )
     return weights
 
 
 def save(path: str | Path, content: Any) -> None:
     """Save tensors and plain containers, whole or not at all."""
-    with whole(path) as part:
-        torch.save(content, part)
+    with whole(path) as part, open(part, "wb") as file:  # a file without a name: the bytes depend on content only
+        torch.save(content, file)
 
 
 def save_epoch(folder: str | Path, epoch: int, weights: Mapping[str, Tensor], facts: Mapping) -> None:

@@ -52,7 +52,7 @@ def _plain(loader: SafeConstructor, _suffix: str, node) -> Iterator:
         yield loader.construct_scalar(node)
 
 
-PlainConstructor.add_multi_constructor("!", _plain)
+PlainConstructor.add_multi_constructor("", _plain)
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -101,6 +101,8 @@ def load_conf(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     base = read_base(base_path)
     conf = base if Path(path).resolve() == base_path else _merge(base, given, base, str(path))
     conf = _merge(conf, words, base, "command line")
+    if "pretrained_dir" in words and "pretrained_source" not in words:
+        conf["pretrained_source"] = "local"  # never make a tiny base where the user named a directory of their own
     conf["name"] = conf["name"] or Path(path).stem
     conf["corpus"]["speaker"] = conf["corpus"]["speaker"] or conf["name"]
     return conf

@@ -1,4 +1,4 @@
-"""From clips, as a corpus lists them, to data directories: every clip is opened, and is either kept or rejected by name."""
+"""From clips, as a corpus lists them, to data directories: every clip is opened, then kept, or rejected by name."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,9 @@ def prepare(clips: Sequence[Clip], out: Path, settings: Mapping, seed: int, nj: 
     twice = [utt for utt, count in Counter(clip.utt for clip in clips).items() if count > 1]
     if twice:
         paths = " and ".join(str(clip.wav) for clip in clips if clip.utt == twice[0])
-        raise BadInput(f"{settings['dir']}: utterance id '{twice[0]}' is there twice ({paths}); ids are unique, rename one")
+        raise BadInput(
+            f"{settings['dir']}: utterance id '{twice[0]}' is there twice ({paths}); ids are unique, rename one"
+        )
     jobs = {clip.utt: clip for clip in clips}
     seconds, rejected = for_each(checked_seconds, jobs, what="checking", nj=nj)
     with whole(out / "rejected.tsv") as part:
@@ -48,14 +50,16 @@ def prepare(clips: Sequence[Clip], out: Path, settings: Mapping, seed: int, nj: 
     if len(rejected) > MAX_LOSS * len(clips) or not seconds:
         first = next(iter(rejected.items()))
         raise BadInput(
-            f"{settings['dir']}: {len(rejected)} of {len(clips)} clips cannot be used, more than {MAX_LOSS:.0%}; the first: "
-            f"{first[0]}: {first[1]}; all of them are in {out / 'rejected.tsv'}"
+            f"{settings['dir']}: {len(rejected)} of {len(clips)} clips cannot be used, more than {MAX_LOSS:.0%}; the "
+            f"first: {first[0]}: {first[1]}; all of them are in {out / 'rejected.tsv'}"
         )
     rows = [vars(clip) | {"seconds": seconds[clip.utt]} for clip in clips if clip.utt in seconds]
     parts = split(rows, settings, seed)
     for name, members in parts.items():
         write_data_dir(out / name, members)
-    sizes = ", ".join(f"{name} {len(rows)} ({sum(r['seconds'] for r in rows) / 60:.1f} min)" for name, rows in parts.items())
+    sizes = ", ".join(
+        f"{name} {len(rows)} ({sum(r['seconds'] for r in rows) / 60:.1f} min)" for name, rows in parts.items()
+    )
     return f"wrote {out}: {len(rows)} of {len(clips)} utterances, {sizes}"
 
 
@@ -69,7 +73,9 @@ def checked_seconds(clip: Clip) -> float:
     if seconds < MIN_SECONDS:
         raise BadInput(f"{seconds:.2f} s is shorter than {MIN_SECONDS} s")
     if seconds > MAX_SECONDS:
-        raise BadInput(f"{seconds:.1f} s is longer than {MAX_SECONDS:.0f} s, the most the speech tokenizer takes; cut it")
+        raise BadInput(
+            f"{seconds:.1f} s is longer than {MAX_SECONDS:.0f} s, the most the speech tokenizer takes; cut it"
+        )
     return seconds
 
 

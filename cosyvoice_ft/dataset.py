@@ -1,8 +1,8 @@
 """From shards to batches: planned before the epoch, the same whatever the number of workers.
 
 Plan of an epoch: row groups in an order drawn from (seed, epoch); windows of 16 groups; within a window utterances
-sorted by cost and cut into batches of at most `max_batch` padded positions; the window's batches shuffled. Every rank gets
-the same number of batches; no utterance is repeated or dropped.
+sorted by cost and cut into batches of at most `max_batch` padded positions; the window's batches shuffled. Every rank
+gets the same number of batches; no utterance is repeated or dropped.
 
 Every random draw of an utterance comes from a generator keyed by (seed, epoch, utterance), so what is drawn does not
 depend on batching, ranks, or workers.
@@ -41,7 +41,9 @@ def plan(
     order = rng.permutation(len(groups)) if shuffle else np.arange(len(groups))
     batches = []
     for start in range(0, len(order), WINDOW):
-        rows = np.concatenate([np.arange(first, first + n) for first, n in (groups[g] for g in order[start : start + WINDOW])])
+        rows = np.concatenate(
+            [np.arange(first, first + n) for first, n in (groups[g] for g in order[start : start + WINDOW])]
+        )
         jitter = rng.uniform(0.98, 1.02, len(rows)) if shuffle else 1.0  # other neighbours every epoch
         rows = rows[np.argsort(costs[rows] * jitter, kind="stable")]
         window = _cut(rows, costs, max_batch)

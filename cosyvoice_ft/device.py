@@ -27,8 +27,8 @@ def torch_device(name: str) -> torch.device:
         name = "cuda" if nvidia_cards() or torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise BadInput(
-            f"device: {', '.join(nvidia_cards()) or 'no NVIDIA card'} cannot be used by torch {torch.__version__} (built "
-            f"for {torch.version.cuda or 'CPU only'}); install a torch for your driver: TORCH='torch==...' bash "
+            f"device: {', '.join(nvidia_cards()) or 'no NVIDIA card'} cannot be used by torch {torch.__version__} "
+            f"(built for {torch.version.cuda or 'CPU only'}); install a torch for your driver: TORCH='torch==...' bash "
             "tools/install.sh, or say --device cpu"
         )
     return torch.device(name)

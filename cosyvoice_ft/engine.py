@@ -46,14 +46,16 @@ class TorchEngine:
         self.clip, self.dtype = settings["grad_clip"], autocast_dtype(settings["dtype"], device)
         self.model = model
         if self.world_size > 1:
-            self.model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+            self.model = nn.parallel.DistributedDataParallel(
+                model, device_ids=[device] if device.type == "cuda" else None
+            )
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             parameters, lr=settings["lr"], weight_decay=settings["weight_decay"], fused=device.type == "cuda"
         )
 
     def forward(self, batch: Mapping[str, Tensor], *, last: bool = True) -> dict[str, Tensor]:
-        """Run the model under autocast; gradients are exchanged with the other ranks in the `last` batch of an update."""
+        """Run the model under autocast; the ranks exchange gradients in the `last` batch of an update."""
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         waiting = contextlib.nullcontext() if last or self.world_size == 1 else self.model.no_sync()
         with waiting, torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):

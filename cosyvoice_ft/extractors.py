@@ -58,7 +58,9 @@ class SpeechTokenizer(OnnxModel):
         """wav (T,) at 16 kHz, T a multiple of 640 (40 ms) -> T / 640 tokens, int16. Raises BadInput above 30 s."""
         seconds, n_tokens = len(wav) / 16000, len(wav) // 640
         if seconds > self.MAX_SECONDS:
-            raise BadInput(f"{seconds:.1f} s; the speech tokenizer takes at most {self.MAX_SECONDS} s, cut the recording")
+            raise BadInput(
+                f"{seconds:.1f} s; the speech tokenizer takes at most {self.MAX_SECONDS} s, cut the recording"
+            )
         mel = audio.whisper_mel(wav)[None].numpy()
         tokens = super().__call__(mel, np.array([mel.shape[2]], dtype=np.int32)).reshape(-1)
         if len(tokens) != n_tokens:
@@ -82,8 +84,8 @@ def save_archive(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     shapes = [array.shape for array in arrays.values()]
     flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays.values()]))
     parts = flat.split([int(np.prod(shape)) for shape in shapes])
-    with whole(path) as part:
-        torch.save({key: t.view(shape) for key, t, shape in zip(arrays, parts, shapes, strict=True)}, part)
+    with whole(path) as part, open(part, "wb") as file:  # a file without a name: the bytes depend on content only
+        torch.save({key: t.view(shape) for key, t, shape in zip(arrays, parts, shapes, strict=True)}, file)
 
 
 def load_archive(path: str | Path) -> dict[str, np.ndarray]:

@@ -24,7 +24,9 @@ def whole(path: str | Path) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror or error}); free space or fix permissions") from error
+        raise BadInput(
+            f"{path}: cannot be written ({error.strerror or error}); free space or fix permissions"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 

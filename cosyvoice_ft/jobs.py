@@ -40,6 +40,6 @@ def settle(failed: Mapping[str, str], total: int, out: object) -> None:
         print(f"left out {utt}: {reason}", file=sys.stderr)
     if len(failed) > MAX_LOSS * total or len(failed) == total:
         raise BadInput(
-            f"{out} not written: {len(failed)} of {total} utterances failed, more than {MAX_LOSS:.0%}; the lines above say "
-            "why; mend or remove those recordings and run the stage again"
+            f"{out} not written: {len(failed)} of {total} utterances failed, more than {MAX_LOSS:.0%}; the lines above "
+            "say why; mend or remove those recordings and run the stage again"
         )

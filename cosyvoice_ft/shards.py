@@ -8,7 +8,8 @@
     spk_embedding   fixed list<float>[192]
     speech_feat     list<float16>           log-mel, 2S * 80 values
 
-Row groups hold 64 utterances; a reader of tokens never touches the mel. `data.list` names the shards, relative to itself.
+Row groups hold 64 utterances; a reader of tokens never touches the mel. `data.list` names the shards, relative to its
+own folder.
 """
 
 from collections import OrderedDict
@@ -89,7 +90,7 @@ class Shards:
         self.paths = [data_list.parent / name for name in names if name]
         self.cached_groups, self.cache, self.files = cached_groups, OrderedDict(), {}
         tables, self.groups, count = [], [], 0
-        for number, path in enumerate(self.paths):
+        for number in range(len(self.paths)):
             file = self._open(number)
             tables.append(file.read([name for name in SCHEMA.names if name != "speech_feat"]))
             for group in range(file.num_row_groups):

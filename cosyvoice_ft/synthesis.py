@@ -114,4 +114,3 @@ class Synthesizer:
         )
         noise = torch.Generator().manual_seed(int(rng.integers(2**63)))
         return self.hift(mel, generator=noise)[0][0].cpu()
-

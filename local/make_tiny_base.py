@@ -34,7 +34,8 @@ QWEN = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 128,
     "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 384, "tie_word_embeddings": True, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 32768, "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "torch_dtype": "bfloat16",
+    "max_position_embeddings": 32768, "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT,
+    "torch_dtype": "bfloat16",
 }  # fmt: skip
 ENCODER = {"size": 64, "linear_units": 128, "num_blocks": 2, "lookahead_channels": 64}
 ESTIMATOR = {"channels": 64, "time_channels": 256, "inner": 64, "ff": 256, "n_blocks": 1, "num_mid_blocks": 2}
@@ -150,7 +151,9 @@ def save_qwen(folder: Path, llm: Qwen2LM) -> None:
     from tokenizers.pre_tokenizers import ByteLevel
 
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.to(torch.bfloat16).contiguous() for k, v in llm.llm.model.state_dict().items() if k != "lm_head.weight"}
+    weights = {
+        k: v.to(torch.bfloat16).contiguous() for k, v in llm.llm.model.state_dict().items() if k != "lm_head.weight"
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     pieces = sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -58,7 +58,9 @@ def main() -> None:
     settings = conf.load_conf(args.conf, overrides)
     folder = Path(settings["corpus"]["dir"] or "")
     if not settings["corpus"]["dir"] or not folder.is_dir():
-        raise BadInput(f"corpus.dir: '{settings['corpus']['dir']}' is not a folder; set it in {args.conf} or by --corpus DIR")
+        raise BadInput(
+            f"corpus.dir: '{settings['corpus']['dir']}' is not a folder; set it in {args.conf} or by --corpus DIR"
+        )
     clips = find_clips(folder, settings["corpus"]["speaker"])
     print(corpus.prepare(clips, args.data_dir, settings["corpus"], settings["seed"], settings["nj"]))
 

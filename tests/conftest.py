@@ -15,13 +15,29 @@ ASSETS = ROOT / "tests" / "assets"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--goldens", type=Path, default=ASSETS, help="folder of recorded inputs and outputs of the reference")
+    parser.addoption(
+        "--goldens", type=Path, default=ASSETS, help="folder of recorded inputs and outputs of the reference"
+    )
 
 
 @pytest.fixture(scope="session")
 def goldens(request: pytest.FixtureRequest) -> Path:
     """Folder with the numbers recorded from the reference implementation."""
     return request.config.getoption("--goldens")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The folder of the project."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_base(run_tool, tmp_path_factory) -> Path:
+    """A complete model directory with small random weights."""
+    folder = tmp_path_factory.mktemp("pretrained") / "tiny-cosyvoice2"
+    run_tool("local/make_tiny_base.py", folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +75,8 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess]:
         command = [str(part) for part in command]
         if command[0].endswith(".py"):
             command.insert(0, sys.executable)
-        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, **kwargs)
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
+        done = subprocess.run(command, cwd=kwargs.pop("cwd", ROOT), text=True, capture_output=True, env=env, **kwargs)
         if status is not None:
             assert done.returncode == status, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

@@ -28,7 +28,9 @@ def main() -> None:
     checkpoint.save(args.trained / "average.pt", weights)
     with whole(args.trained / "average.yaml") as part:
         part.write_text(to_yaml({"epochs": chosen}), encoding="utf-8")
-    print(f"wrote {args.trained / 'average.pt'}: mean of {len(chosen)} epochs, best first: {' '.join(map(str, chosen))}")
+    print(
+        f"wrote {args.trained / 'average.pt'}: mean of {len(chosen)} epochs, best first: {' '.join(map(str, chosen))}"
+    )
 
 
 if __name__ == "__main__":

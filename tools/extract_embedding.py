@@ -45,7 +45,9 @@ def main() -> None:
     means = {spk: np.mean(members, axis=0) for spk, members in by_speaker.items()}
     for folder in args.data_dir:
         save_archive(folder / "utt2embedding.pt", {utt: vectors[utt] for utt in wavs[folder] if utt in vectors})
-        save_archive(folder / "spk2embedding.pt", {spk: means[spk] for spk in set(spks[folder].values()) if spk in means})
+        save_archive(
+            folder / "spk2embedding.pt", {spk: means[spk] for spk in set(spks[folder].values()) if spk in means}
+        )
     folders = " ".join(str(folder) for folder in args.data_dir)
     seconds = time.monotonic() - start
     print(

@@ -3,7 +3,8 @@
 
     python tools/make_parquet.py data/demo/train data/demo/dev --conf conf/demo.yaml
 
-reads   DATA_DIR/wav.scp text utt2spk utt2embedding.pt spk2embedding.pt utt2speech_token.pt; the tokenizer of pretrained_dir
+reads   DATA_DIR/wav.scp text utt2spk utt2embedding.pt spk2embedding.pt utt2speech_token.pt;
+        pretrained_dir/CosyVoice-BlankEN, the tokenizer of texts
 writes  DATA_DIR/parquet/NNNNN.parquet (1,024 utterances each), DATA_DIR/parquet/data.list
 
 The text is normalised here as synthesis does it (text.frontend); up to 20 changed texts are shown.
@@ -63,7 +64,9 @@ def finished(row: dict, tokenizer: text.Tokenizer, frontend: str) -> dict:
         raise BadInput(f"{len(ids)} text tokens; an utterance has 1 to {MAX_TEXT_TOKENS}")
     feat = audio.log_mel(load_for_extraction(row["wav"])[0]).numpy().astype(np.float16)
     if len(feat) != audio.MEL_PER_TOKEN * len(row["speech_token"]):
-        raise BadInput(f"{len(feat)} mel frames for {len(row['speech_token'])} tokens: the recording changed, run stage 2")
+        raise BadInput(
+            f"{len(feat)} mel frames for {len(row['speech_token'])} tokens: the recording changed, run stage 2"
+        )
     return row | {"text": spoken, "text_token": ids, "speech_feat": feat}
 
 

@@ -85,7 +85,8 @@ def main() -> None:
         write_data_dir(args.out_dir, rows)
     seconds = sum(row["seconds"] for row in rows)
     if unended:
-        print(f"did not end by themselves within {settings['llm']['max_token_text_ratio']:g} tokens a text token: {unended}")
+        ratio = settings["llm"]["max_token_text_ratio"]
+        print(f"did not end by themselves within {ratio:g} tokens a text token: {' '.join(unended)}")
     print(
         f"wrote {args.out_dir}: {len(rows)} of {len(pairs)} sentences, {seconds:.1f} s of speech in {spent:.1f} s, "
         f"real-time factor {spent / max(seconds, 1e-9):.2f}"

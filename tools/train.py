@@ -52,7 +52,9 @@ def open_shards(folder: Path, settings: dict) -> Shards:
     shards = Shards(folder / "parquet" / "data.list")
     ours = Tokenizer(settings["pretrained_dir"]).fingerprint
     if shards.metadata.get("tokenizer") != ours:
-        raise BadInput(f"{folder}/parquet: made with another tokenizer than {settings['pretrained_dir']}; run stage 3 again")
+        raise BadInput(
+            f"{folder}/parquet: made with another tokenizer than {settings['pretrained_dir']}; run stage 3 again"
+        )
     return shards
 
 
@@ -100,9 +102,7 @@ def main() -> None:
     def cv_batches(streaming: bool):
         collate, mode, costs = collate_and_costs(args.part, model, settings, dev_shards)
         collate = partial(collate, **{mode: streaming})
-        return batches(
-            shards=dev_shards, collate=collate, costs=costs, epoch=dataset.CV_EPOCH, shuffle=False, **make
-        )
+        return batches(shards=dev_shards, collate=collate, costs=costs, epoch=dataset.CV_EPOCH, shuffle=False, **make)
 
     count = sum(p.numel() for p in model.parameters()) / 1e6
     log(f"{args.part}: {count:.1f} M parameters, {len(train_shards)} + {len(dev_shards)} utterances, {options}")

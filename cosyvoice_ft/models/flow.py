@@ -210,7 +210,7 @@ def collate(
     streaming: bool | None = None,
     training_cfg_rate: float = 0.2,
 ) -> dict[str, Tensor]:
-    """Batch of B utterances, draws included, for `CausalMaskedDiffWithXvec.forward`; `count` is what its loss sums over.
+    """Batch of B utterances, draws included, for `CausalMaskedDiffWithXvec.forward`; `count`: terms of its loss.
 
     A row holds speech_token int16 (S,), speech_feat float16 (T, 80) and embedding float32 (192,); tokens and mel are
     cut to the frames both have. Its generator yields, always in this order: streaming coin (1/2; `streaming` overrules

@@ -1,4 +1,4 @@
-"""The language model of CosyVoice2: Qwen2 continues text with speech tokens (Du et al., CosyVoice 2, 2024, section 2.2).
+"""The language model of CosyVoice2: Qwen2 continues text with speech tokens (Du et al., CosyVoice 2, section 2.2).
 
 One row is a sequence of embeddings from three tables: text (Qwen2's own), speech, and two special vectors:
 

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Set up as run.sh does, then lint and test all of the recipe. Arguments go to pytest.
+#
+#   bash tests/run.sh
+#   bash tests/run.sh -k install
+#   SPEECH_DIR=/path/to/recordings bash tests/run.sh     # the tests on real recordings too
+set -euo pipefail
+cd "$(dirname "$0")/.."
+trap 'echo "tests/run.sh: exit status $?, $SECONDS s"' EXIT
+export EXTRA=test   # pytest, ruff and shellcheck are needed as well
+bash tools/install.sh
+. ./path.sh
+
+ruff check .
+find . \( -name .venv -o -name data -o -name exp -o -name pretrained_models \) -prune -o \
+  \( -name '*.sh' -o -path './.ci/run' \) -type f -exec shellcheck -x {} +
+echo "tests/run.sh: ruff and shellcheck find nothing"
+python -m pytest "$@"

@@ -1,0 +1,175 @@
+"""The recipe is the test: a copy of the tracked files, run as a new user runs it, and run wrongly."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+import soundfile
+import torch
+
+from cosyvoice_ft import checkpoint
+from cosyvoice_ft.table import read_table
+
+
+@pytest.fixture(scope="module")
+def clone(root, tmp_path_factory):
+    """A copy of the project in a folder with a blank and Chinese in its name; the running environment serves it."""
+    target = tmp_path_factory.mktemp("clone") / "派蒙 recipe"
+    ignored = shutil.ignore_patterns(".git", ".venv*", "data", "exp", "pretrained_models", "__pycache__", ".*_cache")
+    shutil.copytree(root, target, ignore=ignored)
+    return target
+
+
+@pytest.fixture(scope="module")
+def run(clone):
+    def call(*words, status=0):
+        done = subprocess.run(["bash", "run.sh", *map(str, words)], cwd=clone, text=True, capture_output=True)
+        assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def walked(clone, run):
+    """conf/tiny.yaml through all stages."""
+    done = run("--conf", "conf/tiny.yaml")
+    assert not [line for line in done.stderr.splitlines() if "Error" in line or "Traceback" in line], done.stderr
+    return done
+
+
+def test_all_stages(clone, walked):
+    said = walked.stdout
+    assert [f"stage {n}:" in said for n in range(-1, 8)] == [True] * 9
+    assert "device cpu" in said or "device cuda" in said
+    for line in ("100 of 100 utterances", "noise by design", "hear it:", "real-time factor"):
+        assert line in said, line
+    wavs = read_table(clone / "exp/tiny/synth/wav.scp")
+    assert len(wavs) == 6 and read_table(clone / "exp/tiny/synth/text").keys() == wavs.keys()
+    for path in wavs.values():
+        wav, rate = soundfile.read(clone / path)
+        assert rate == 24000 and len(wav) > 2400 and 0.001 < abs(wav).max() <= 1
+
+
+def test_losses_fall(clone, walked):
+    for part in ("llm", "flow"):
+        facts = checkpoint.epochs(clone / "exp/tiny" / part)
+        assert facts[2]["cv"]["loss"] < facts[1]["cv"]["loss"]
+        assert {"loss_full", "loss_streaming"} <= facts[2]["cv"].keys()
+
+
+def test_model_directory_is_complete(clone, walked):
+    base, model = clone / "pretrained_models/tiny-cosyvoice2", clone / "exp/tiny/model"
+    names = {p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file()}
+    assert {p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file()} == names | {"spk2info.pt"}
+    for part in ("llm", "flow", "hift"):
+        ours, theirs = checkpoint.load_weights(model / f"{part}.pt"), checkpoint.load_weights(base / f"{part}.pt")
+        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours) == (part == "hift")
+    speakers = checkpoint.load(model / "spk2info.pt")
+    assert speakers.keys() == {"slt"} and speakers["slt"]["embedding"].shape == (1, 192)
+
+
+def test_one_stage_again(clone, run, walked):
+    before = (clone / "data/tiny/train/utt2speech_token.pt").read_bytes()
+    said = run("--conf", "conf/tiny.yaml", "--stage", 2, "--stop_stage", 2).stdout
+    assert "stage 2:" in said and "stage 1:" not in said and "stage 3:" not in said
+    assert (clone / "data/tiny/train/utt2speech_token.pt").read_bytes() == before
+    said = run("--conf", "conf/tiny.yaml", "--stage", 4, "--stop_stage", 4, "--train.llm.max_epoch", 3).stdout
+    assert "goes on from" in said and "epoch 3 CV" in said and "epoch 2 CV" not in said
+
+
+def test_help_is_made_from_the_script(run):
+    said = run("--help").stdout
+    for line in ("--conf", "--stop_stage", "--corpus", "-1  base model", "7   speak"):
+        assert line in said, line
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--conff", "x"], "unknown option --conff"),
+        (["--train.lrr", "1"], "unknown key 'train.lrr'; did you mean 'train.lr'"),
+        (["--llm.sampling.top_q", "1"], "unknown key 'llm.sampling.top_q'"),
+        (["--stage"], "--stage needs a value"),
+        (["--stage", "two"], "--stage is 'two'; it is a whole number"),
+        (["stage", "2"], "'stage' is not an option"),
+        (["--conf", "conf/nobody.yaml"], "conf/nobody.yaml: no such conf"),
+        (["--conf", "conf/paimon.yaml", "--stage", 0], "corpus.dir: 'corpora/paimon' is not a folder"),
+        (["--conf", "conf/ljspeech.yaml", "--stage", 0], "corpus.dir: not set; say where the recordings are"),
+        (
+            ["--conf", "conf/ljspeech.yaml", "--stage", 3],
+            "data/ljspeech/train/spk2embedding.pt is missing; stage 1 makes it",
+        ),
+        (["--conf", "conf/ljspeech.yaml", "--stage", 4], "data/ljspeech/train/parquet/data.list is missing; stage 3"),
+        (["--conf", "conf/ljspeech.yaml", "--stage", 7], "exp/ljspeech/model/llm.pt is missing; stage 6"),
+        (["--conf", "conf/ljspeech.yaml"], "pretrained_models/CosyVoice2-0.5B is missing"),
+        (["--pretrained_dir", "nowhere"], "nowhere is missing"),
+        (["--corpus.format", "pears", "--stage", 0], "corpus.format: 'pears' is unknown; one of: pairs ljspeech"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_mistakes_end_in_one_line(run, words, says):
+    done = run(*words, status=1)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and says in lines[0], done.stderr
+
+
+def test_empty_and_broken_corpora(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    stage0 = ["--conf", "conf/paimon.yaml", "--stage", 0, "--stop_stage", 0]
+    error = run(*stage0, "--corpus", tmp_path / "empty", status=1).stderr
+    assert "no recordings with texts found" in error
+    for i in range(3):
+        (tmp_path / "empty" / f"{i}.wav").write_bytes(b"not a wav")
+        (tmp_path / "empty" / f"{i}.txt").write_text("你好")
+    error = run(*stage0, "--corpus", tmp_path / "empty", status=1).stderr
+    assert "3 of 3 clips cannot be used" in error and "rejected.tsv" in error
+
+
+def test_pairs_in_one_folder_and_in_parts(clone, run, root, tmp_path):
+    """wav + .lab with Chinese names in one folder; train/ and test/ folders with the same names in both."""
+    wav, rate = soundfile.read(root / "local/demo/wavs/demo_001.flac")
+
+    def put(folder, names):
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, name in enumerate(names):
+            soundfile.write(folder / f"{name}.wav", wav[: -1000 - i], rate)
+            (folder / f"{name}.lab").write_text(f"你好，{name}。\n", encoding="utf-8")
+
+    put(tmp_path / "one", [f"派蒙 {i}" for i in range(10)])
+    (tmp_path / "one" / "派蒙 0.normalized.txt").write_text("这一句更好。")
+    stage0 = ["--conf", "conf/paimon.yaml", "--stage", 0, "--stop_stage", 0]
+    run(*stage0, "--corpus", tmp_path / "one", "--name", "one")
+    parts = [read_table(clone / "data/one" / part / "text") for part in ("train", "dev")]
+    assert [len(part) for part in parts] == [9, 1]
+    assert (parts[0] | parts[1])["派蒙_0"] == "这一句更好。"
+    put(tmp_path / "two/train", ["a", "b"])
+    put(tmp_path / "two/test", ["a"])
+    run(*stage0, "--corpus", tmp_path / "two", "--name", "two")
+    assert list(read_table(clone / "data/two/train/utt2spk")) == ["b", "train_a"]
+    assert read_table(clone / "data/two/dev/utt2spk") == {"test_a": "paimon"}
+
+
+def test_ljspeech(clone, run, speech_dir):
+    """Real recordings through all stages; the CV loss falls."""
+    base = clone / "pretrained_models/tiny-cosyvoice2"
+    words = ["--pretrained_dir", base, "--corpus", speech_dir / "ljspeech-200", "--train.lr", 1e-3]
+    words += ["--train.llm.max_epoch", 2, "--train.flow.max_epoch", 2, "--train.warmup_updates", 5]
+    said = run("--conf", "conf/ljspeech.yaml", *words).stdout
+    assert "200 of 200 utterances" in said and "6 of 6 sentences" in said
+    for part in ("llm", "flow"):
+        facts = checkpoint.epochs(clone / "exp/ljspeech" / part)
+        assert facts[2]["cv"]["loss"] < facts[1]["cv"]["loss"]
+
+
+def test_a_model_that_does_not_fit_is_named(clone, run, walked, tmp_path):
+    """A conf that disagrees with the directory's yaml, and weights of another shape."""
+    error = run("--conf", "conf/tiny.yaml", "--stage", 4, "--stop_stage", 4, "--flow.chunk_size", 20, status=1).stderr
+    assert "flow.chunk_size is 20 in the conf, but" in error and "cosyvoice2.yaml" in error
+    base = tmp_path / "base"
+    shutil.copytree(clone / "pretrained_models/tiny-cosyvoice2", base)
+    os.replace(base / "flow.pt", base / "llm.pt")
+    words = ["--conf", "conf/tiny.yaml", "--pretrained_dir", base, "--name", "tiny", "--stage", 4, "--stop_stage", 4]
+    assert "llm.pt: does not fit a cosyvoice2 llm" in run(*words, status=1).stderr
