@@ -15,10 +15,18 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_conf(arguments: argparse.ArgumentParser) -> None:
-    """Add --conf. Words the parser does not know are overrides of the conf: --train.lr 2e-5."""
+def parse_with_conf(arguments: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """Add --conf and parse; return (arguments, overrides): options the parser does not know are keys of the conf."""
     text = "the speaker's settings; any of them can follow as --key value"
     arguments.add_argument("--conf", default="conf/cosyvoice2.yaml", metavar="YAML", help=text)
+    known, overrides, words = [], [], sys.argv[1:]
+    while words:  # parse_known_args takes --key=a value with blanks for a positional argument
+        word = words.pop(0)
+        unknown = word.startswith("--") and word.partition("=")[0] not in arguments._option_string_actions
+        (overrides if unknown else known).append(word)
+        if unknown and "=" not in word and words:
+            overrides.append(words.pop(0))
+    return arguments.parse_args(known), overrides
 
 
 def run(main: Callable[[], None]) -> None:

@@ -53,8 +53,7 @@ def find_clips(folder: Path, speaker: str) -> list[corpus.Clip]:
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("data_dir", type=Path)
-    cli.add_conf(parser)
-    args, overrides = parser.parse_known_args()
+    args, overrides = cli.parse_with_conf(parser)
     settings = conf.load_conf(args.conf, overrides)
     folder = Path(settings["corpus"]["dir"] or "")
     if not settings["corpus"]["dir"] or not folder.is_dir():

@@ -36,8 +36,7 @@ def read_metadata(path: Path, speaker: str) -> list[corpus.Clip]:
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("data_dir", type=Path)
-    cli.add_conf(parser)
-    args, overrides = parser.parse_known_args()
+    args, overrides = cli.parse_with_conf(parser)
     settings = conf.load_conf(args.conf, overrides)
     if not settings["corpus"]["dir"]:
         raise BadInput(f"corpus.dir: not set; say where the recordings are, in {args.conf} or by --corpus DIR")

@@ -20,8 +20,7 @@ from cosyvoice_ft.table import read_table
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("data_dir", type=Path, nargs="+")
-    cli.add_conf(parser)
-    args, overrides = parser.parse_known_args()
+    args, overrides = cli.parse_with_conf(parser)
     settings, start = conf.load_conf(args.conf, overrides), time.monotonic()
     where = device.torch_device(settings["device"])
     providers = device.onnx_providers(where)

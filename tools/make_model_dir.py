@@ -62,8 +62,7 @@ def main() -> None:
     parser.add_argument("--llm", type=Path, metavar="PT", help="tuned language model")
     parser.add_argument("--flow", type=Path, metavar="PT", help="tuned flow-matching model")
     parser.add_argument("--embedding", type=Path, required=True, metavar="PT", help="spk2embedding.pt of the corpus")
-    cli.add_conf(parser)
-    args, overrides = parser.parse_known_args()
+    args, overrides = cli.parse_with_conf(parser)
     settings = conf.load_conf(args.conf, overrides)
     base, out = Path(settings["pretrained_dir"]), args.model_dir
     missing = [name for name in (*REQUIRED, f"{settings['model']}.yaml", TOKENIZER_DIR) if not (base / name).exists()]

@@ -103,8 +103,7 @@ def pack(folder: Path, tokenizer: text.Tokenizer, settings: dict) -> str:
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("data_dir", type=Path, nargs="+")
-    cli.add_conf(parser)
-    args, overrides = parser.parse_known_args()
+    args, overrides = cli.parse_with_conf(parser)
     settings = conf.load_conf(args.conf, overrides)
     tokenizer = text.Tokenizer(settings["pretrained_dir"])
     for folder in args.data_dir:

@@ -14,8 +14,7 @@ from cosyvoice_ft.files import BadInput
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("keys", nargs="*", metavar="KEY", help="dotted key of a value to print")
-    cli.add_conf(parser)
-    args, overrides = parser.parse_known_args()
+    args, overrides = cli.parse_with_conf(parser)
     settings = conf.load_conf(args.conf, overrides)
     if not args.keys:
         print(conf.to_yaml(settings), end="")
