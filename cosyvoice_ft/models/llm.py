@@ -17,7 +17,7 @@ The loss is the cross entropy at the target positions; logits over the 151,936 t
     B rows   L positions   N target positions   D hidden size   V = n + 3 output classes, n = 6561 speech tokens
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -31,6 +31,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 PADDING, SPECIAL, TEXT, SPEECH = range(4)  # kinds of input positions: which table a position's embedding comes from
 SOS, TASK = 0, 1  # rows of the special table
 NO_TARGET = -1
+Sampler = Callable[[Tensor, Sequence[int]], int]  # (log-probabilities (V,), decoded) -> the next id
 
 
 @dataclass(frozen=True)
@@ -207,12 +208,19 @@ class Qwen2LM(nn.Module):
         """Feed xs (B, L, D) after the cache; return log-probabilities (B, V) of what follows the last position."""
         return self.llm_decoder(self.hidden(xs, cache)[:, -1]).float().log_softmax(-1)
 
+    def look_up(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Embed pieces (kind, ids) one after another: -> (1, L, D)."""
+        device = self.llm_decoder.weight.device
+        kind = torch.tensor([[kind for kind, ids in pieces for _ in ids]], device=device)
+        index = torch.tensor([[i for _, ids in pieces for i in ids]], device=device)
+        return self.embed(kind, index)
+
     @torch.inference_mode()
     def decode(
         self,
         text: Sequence[int],
         *,
-        sample: Callable[[Tensor, Sequence[int]], int],
+        sample: Sampler,
         prompt_text: Sequence[int] = (),
         prompt_speech: Sequence[int] = (),
         min_token_text_ratio: float = 2,
@@ -222,13 +230,10 @@ class Qwen2LM(nn.Module):
 
         `sample(log_probs (V,), decoded)` chooses the next id. The ratios count the text to speak, not the prompt's.
         """
-        eos, device = self.layout.eos, self.llm_decoder.weight.device
-        pieces = [(SPECIAL, [SOS]), (TEXT, [*prompt_text, *text]), (SPECIAL, [TASK]), (SPEECH, [*prompt_speech])]
-        kind = torch.tensor([[kind for kind, ids in pieces for _ in ids]], device=device)
-        index = torch.tensor([[i for _, ids in pieces for i in ids]], device=device)
-        xs, cache, decoded = self.embed(kind, index), DynamicCache(), []
+        eos, decoded, cache = self.layout.eos, [], DynamicCache()
+        pending = [(SPECIAL, [SOS]), (TEXT, [*prompt_text, *text]), (SPECIAL, [TASK]), (SPEECH, [*prompt_speech])]
         for i in range(int(len(text) * max_token_text_ratio)):
-            scores = self.log_probs(xs, cache)[0]
+            scores = self.log_probs(self.look_up(pending), cache)[0]
             if i < int(len(text) * min_token_text_ratio):
                 scores[eos] = -torch.inf
             token = sample(scores, decoded)
@@ -236,4 +241,64 @@ class Qwen2LM(nn.Module):
                 return
             yield token
             decoded.append(token)
-            xs = self.speech_embedding(torch.tensor([[token]], device=device))
+            pending = [(SPEECH, [token])]
+
+    @torch.inference_mode()
+    def decode_stream(
+        self,
+        text: Iterable[Sequence[int]],
+        *,
+        sample: Sampler,
+        prompt_text: Sequence[int] = (),
+        prompt_speech: Sequence[int] = (),
+    ) -> Iterator[int]:
+        """Yield speech tokens while the text still arrives, in pieces of any length (a bistream row, written live).
+
+        After every block of 5 text tokens come up to 15 speech tokens and `fill`; when the text has ended, the rest
+        follows unbounded until eos. Raises RuntimeError when the model says a special id where none belongs.
+
+        The reference feeds the last block again when the text ends, though it is in the cache already; here it is not.
+        """
+        n_text, n_speech = self.layout.mix_ratio
+        eos, fill = self.layout.eos, self.layout.fill
+        queue, prompt, out, cache = list(prompt_text), list(prompt_speech), [], DynamicCache()
+        pending = [(SPECIAL, [SOS])]
+        next_fill = n_speech - len(prompt) % n_speech
+        for piece in text:
+            queue += piece
+            while prompt and len(queue) >= n_text:
+                pending += [(TEXT, queue[:n_text]), (SPEECH, prompt[:n_speech])]
+                del queue[:n_text], prompt[:n_speech]
+            if prompt:
+                continue
+            if not out and len(pending) == 1 or out and out[-1] == fill:
+                if len(queue) < n_text:
+                    continue
+                pending += [(TEXT, queue[:n_text])]
+                del queue[:n_text]
+            while pending:  # until a fill, which is not fed back
+                scores = self.log_probs(self.look_up(pending), cache)[0]
+                pending = []
+                if len(out) == next_fill:
+                    token = fill
+                else:
+                    scores[eos] = -torch.inf
+                    token = sample(scores, out)
+                if token == fill:
+                    next_fill = len(out) + n_speech + 1
+                out.append(token)
+                if token < self.layout.speech_token_size:
+                    yield token
+                    pending = [(SPEECH, [token])]
+                elif token != fill:
+                    raise RuntimeError(f"id {token} inside a block; only speech tokens and fill ({fill}) belong there")
+        pending += [(TEXT, queue), (SPECIAL, [TASK])]
+        while True:
+            token = sample(self.log_probs(self.look_up(pending), cache)[0], out)
+            if token == eos:
+                return
+            if token >= self.layout.speech_token_size:
+                raise RuntimeError(f"id {token} after the text; only speech tokens and eos ({eos}) belong there")
+            yield token
+            out.append(token)
+            pending = [(SPEECH, [token])]
