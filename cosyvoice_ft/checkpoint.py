@@ -1,6 +1,5 @@
 """Weights on disk: flat dicts name -> tensor, as published; loaded with `weights_only` and strict names."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,14 +48,15 @@ def save_epoch(folder: str | Path, epoch: int, weights: Mapping[str, Tensor], fa
         part.write_text(to_yaml({"epoch": epoch, **facts}), encoding="utf-8")
 
 
+def facts(folder: str | Path) -> dict[int, dict]:
+    """Return {epoch: facts} of all epochs of a training, of those too whose weights were deleted."""
+    paths = {path.stem.removeprefix("epoch_"): path for path in Path(folder).glob("epoch_*.yaml")}
+    return {int(epoch): read_yaml(paths[epoch]) for epoch in sorted(filter(str.isdigit, paths), key=int)}
+
+
 def epochs(folder: str | Path) -> dict[int, dict]:
-    """Return {epoch: facts} of the checkpoints in `folder` that are complete: weights and yaml."""
-    found = {}
-    for path in Path(folder).glob("epoch_*.yaml"):
-        match = re.fullmatch(r"epoch_(\d+)", path.stem)
-        if match and path.with_suffix(".pt").is_file():
-            found[int(match[1])] = read_yaml(path)
-    return dict(sorted(found.items()))
+    """Return {epoch: facts} of the epochs whose weights are there."""
+    return {n: known for n, known in facts(folder).items() if (Path(folder) / f"epoch_{n}.pt").is_file()}
 
 
 def best_epochs(folder: str | Path, num: int) -> list[int]:

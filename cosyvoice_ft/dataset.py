@@ -80,22 +80,45 @@ def padding_share(batches: Sequence[np.ndarray], costs: np.ndarray) -> float:
 
 
 class Batches(Dataset):
-    """Planned batches, read and collated on demand: an item is collate(rows, rngs) with the ids under "utts"."""
+    """Planned batches, read and collated on demand.
+
+    An item is collate(rows, rngs) and, beside the tensors: `rows` (utterance numbers), `utts` (their ids), `positions`
+    (sum of their costs), `padded` (longest cost * rows).
+    """
 
     def __init__(
-        self, shards: Shards, batches: Sequence[np.ndarray], collate: Callable, *, with_mel: bool, seed: int, epoch: int
+        self,
+        shards: Shards,
+        batches: Sequence[np.ndarray],
+        collate: Callable,
+        costs: np.ndarray,
+        *,
+        with_mel: bool,
+        seed: int,
+        epoch: int,
     ) -> None:
-        self.shards, self.batches, self.collate = shards, batches, collate
+        self.shards, self.batches, self.collate, self.costs = shards, batches, collate, costs
         self.with_mel, self.seed, self.epoch = with_mel, seed, epoch
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> dict:
-        rows = [self.row(int(i)) for i in self.batches[number]]
+        return self.batch(self.batches[number])
+
+    def batch(self, numbers: np.ndarray) -> dict:
+        """Read and collate these utterances."""
+        rows = [self.row(int(i)) for i in numbers]
         keys = [zlib.crc32(row["utt"].encode()) for row in rows]
         rngs = [np.random.default_rng([self.seed, self.epoch, key]) for key in keys]
-        return self.collate(rows, rngs) | {"utts": [row["utt"] for row in rows]}
+        costs = self.costs[numbers]
+        facts = {"rows": numbers.tolist(), "utts": [row["utt"] for row in rows]}
+        facts |= {"positions": int(costs.sum()), "padded": int(costs.max()) * len(costs)}
+        return self.collate(rows, rngs) | facts
+
+    def split(self, batch: dict) -> list[dict]:
+        """Read a batch again as two halves."""
+        return [self.batch(half) for half in np.array_split(batch["rows"], 2)]
 
     def row(self, i: int) -> dict:
         """Return utterance i as utt, text_token, speech_token, embedding (192,) and, if asked for, speech_feat."""

@@ -1,13 +1,13 @@
 """Learning rates as functions of the number of updates done: `schedule(settings)(step)` is the rate of the next update.
 
-    s updates done, n = s + 1; w warmup_updates; h hold_updates; N max_updates; r decay_rate
+s updates done, n = s + 1; w warmup_updates; h hold_updates; N max_updates; r decay_rate
 
-    constant         lr
-    warmup_constant  lr min(1, n / w)
-    warmup           lr sqrt(w) min(n^-1/2, n w^-3/2), highest at n = w; w = 0: lr n^-1/2     (Noam: Vaswani et al., 2017)
-    noam_hold        lr (s + 1) / (w + 1) while s <= w; lr until s = w + h; then lr max(1, w^r) / max(1, (s - h)^r),
-                     at least min_lr; min_lr after N                       (NeMo's NoamHoldAnnealing)
-    cosine           as warmup_constant, then min_lr + (lr - min_lr) (1 + cos(pi (s - w) / (N - w))) / 2
+constant         lr
+warmup_constant  lr min(1, n / w)
+warmup           lr sqrt(w) min(n^-1/2, n w^-3/2), highest at n = w; w = 0: lr n^-1/2     (Noam: Vaswani et al., 2017)
+noam_hold        lr (s + 1) / (w + 1) while s <= w; lr until s = w + h; then lr max(1, w^r) / max(1, (s - h)^r),
+                 at least min_lr; min_lr after N                       (NeMo's NoamHoldAnnealing)
+cosine           as warmup_constant, then min_lr + (lr - min_lr) (1 + cos(pi (s - w) / (N - w))) / 2
 """
 
 import math

@@ -53,17 +53,27 @@ class Spoken:
 class Synthesizer:
     """The three networks, the tokenizer and the speakers of a model directory."""
 
-    def __init__(self, model_dir: str | Path, settings: Mapping, device: torch.device) -> None:
+    def __init__(
+        self,
+        model_dir: str | Path,
+        settings: Mapping,
+        device: torch.device,
+        networks: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        """Load a model directory; `networks` ("llm", "flow", "hift") stand in for the directory's own."""
         model_dir = Path(model_dir)
         if not model_dir.is_dir():
             raise BadInput(f"{model_dir}: no such model directory; stage 6 makes exp/NAME/model")
         conf.check_model_yaml(settings, model_dir)
         self.settings, self.device = settings, device
         self.tokenizer = text.Tokenizer(model_dir)
+        given = networks or {}
         self.llm, self.flow, self.hift = (
-            load_model(part, model_dir, settings).eval().to(device) for part in ("llm", "flow", "hift")
+            (given.get(part) or load_model(part, model_dir, settings)).eval().to(device)
+            for part in ("llm", "flow", "hift")
         )
-        self.hift.fold_weight_norm()
+        if "hift" not in given:
+            self.hift.fold_weight_norm()
         path = model_dir / "spk2info.pt"
         self.speakers = checkpoint.load(path) if path.is_file() else {}
 

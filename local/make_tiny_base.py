@@ -16,7 +16,6 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from transformers import Qwen2Config
 
 from cosyvoice_ft import checkpoint, cli
 from cosyvoice_ft.files import BadInput
@@ -25,6 +24,7 @@ from cosyvoice_ft.models.conformer import UpsampleConformerEncoder
 from cosyvoice_ft.models.flow import CausalMaskedDiffWithXvec
 from cosyvoice_ft.models.hift import HiFTGenerator
 from cosyvoice_ft.models.llm import Qwen2LM
+from cosyvoice_ft.models.qwen2 import Qwen2ForCausalLM, sizes_of
 from cosyvoice_ft.models.unet import CausalConditionalDecoder
 
 SEED = 1986
@@ -263,7 +263,11 @@ def build() -> dict[str, torch.nn.Module]:
             decoder=CausalConditionalCFM(estimator=estimator),
             input_size=ENCODER["size"],
         )
-        return {"llm": Qwen2LM(config=Qwen2Config.from_dict(QWEN)), "flow": flow, "hift": HiFTGenerator(**HIFT)}
+        llm = Qwen2LM(qwen=Qwen2ForCausalLM(**sizes_of(QWEN)))
+        for weight in llm.parameters():
+            if weight.dim() == 2:
+                torch.nn.init.normal_(weight, std=0.02)
+        return {"llm": llm, "flow": flow, "hift": HiFTGenerator(**HIFT)}
 
 
 def main() -> None:

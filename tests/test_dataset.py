@@ -89,7 +89,7 @@ def test_draws_belong_to_the_utterance(packed):
 
     def drawn(max_batch, epoch, workers):
         plan = dataset.plan(costs, groups, max_batch=max_batch, seed=0, epoch=epoch)
-        own = dataset.Batches(found, plan, draws, with_mel=False, seed=0, epoch=epoch)
+        own = dataset.Batches(found, plan, draws, costs, with_mel=False, seed=0, epoch=epoch)
         batches = list(dataset.load(own, workers, pin_memory=False))
         return [batch["utts"] for batch in batches], {
             u: d for b in batches for u, d in zip(b["utts"], b["draw"], strict=True)

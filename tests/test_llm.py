@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen2Config
+from cosyvoice_ft.models.qwen2 import Qwen2ForCausalLM, sizes_of
 
 from cosyvoice_ft.models.llm import NO_TARGET, Layout, Qwen2LM, collate, smoothed_loss
 from cosyvoice_ft.models.sampling import nucleus, ras_sampling
@@ -51,7 +51,7 @@ def batch_of(facts, arrays, case):
 
 def test_released_names_and_shapes(goldens):
     with torch.device("meta"):
-        model = Qwen2LM(config=Qwen2Config(**RELEASED))
+        model = Qwen2LM(qwen=Qwen2ForCausalLM(**sizes_of(RELEASED)))
     with open(goldens / "keys" / "llm_cv2.tsv", newline="") as file:
         table = {name: shape for name, shape, _ in csv.reader(file, delimiter="\t")}
     assert {name: "x".join(map(str, value.shape)) for name, value in model.state_dict().items()} == table

@@ -106,6 +106,12 @@ class CausalMaskedDiffWithXvec(nn.Module):
         model.load_state_dict(weights, strict=True, assign=True)
         return model
 
+    def layers(self) -> list[nn.Module]:
+        """The layers whose activations need not be kept (see memory.recompute)."""
+        estimator = self.decoder.estimator
+        stages = [*estimator.down_blocks, *estimator.mid_blocks, *estimator.up_blocks]
+        return [*self.encoder.encoders, *self.encoder.up_encoders, *stages]
+
     @property
     def lookahead(self) -> int:
         """Tokens that the encoder looks ahead."""

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+from cosyvoice_ft.models.qwen2 import Cache, Qwen2ForCausalLM, Rows, sizes_of
 
 PADDING, SPECIAL, TEXT, SPEECH = range(4)  # kinds of input positions: which table a position's embedding comes from
 SOS, TASK = 0, 1  # rows of the special table
@@ -101,7 +101,8 @@ def collate(
     """Lay out utterances with `text_token` (Nt,) and `speech_token` (S,) as one padded batch.
 
     A row is bistream when its own coin is below 0.5; `bistream` fixes the choice (the coin is drawn all the same).
-    Returns kind, index (B, L), the targets flat: target, target_position (N,), positions in B * L, and count, N.
+    Returns kind, index (B, L); pack (P,), the positions of that grid that are no padding, flat; the targets, flat:
+    target and target_position (N,), places in the grid; and count, N.
     """
     coins = [rng.random() < 0.5 for rng in rngs]
     laid = [
@@ -114,8 +115,9 @@ def collate(
         batch[:, i, : len(row[0])] = row
     kind, index, target = torch.from_numpy(batch)
     position = (target.view(-1) != NO_TARGET).nonzero()[:, 0]
-    target = target.view(-1)[position]
-    return {"count": float(len(target)), "kind": kind, "index": index, "target": target, "target_position": position}
+    pack = (kind.view(-1) != PADDING).nonzero()[:, 0]
+    targets = {"target": target.view(-1)[position], "target_position": position, "count": float(len(position))}
+    return {"kind": kind, "index": index, "pack": pack} | targets
 
 
 def smoothed_loss(logits: Tensor, target: Tensor, lsm_weight: float) -> Tensor:
@@ -137,9 +139,9 @@ def smoothed_loss(logits: Tensor, target: Tensor, lsm_weight: float) -> Tensor:
 class Qwen2Encoder(nn.Module):
     """Holds Qwen2 under the published name `llm.model`."""
 
-    def __init__(self, config: Qwen2Config) -> None:
+    def __init__(self, qwen: Qwen2ForCausalLM) -> None:
         super().__init__()
-        self.model = Qwen2ForCausalLM(config)
+        self.model = qwen
 
 
 class Qwen2LM(nn.Module):
@@ -148,7 +150,7 @@ class Qwen2LM(nn.Module):
     def __init__(
         self,
         *,
-        config: Qwen2Config,
+        qwen: Qwen2ForCausalLM,
         speech_token_size: int = 6561,
         mix_ratio: Sequence[int] = (5, 15),
         lsm_weight: float = 0.0,
@@ -156,10 +158,11 @@ class Qwen2LM(nn.Module):
         super().__init__()
         self.layout = Layout(speech_token_size, tuple(mix_ratio))
         self.lsm_weight = lsm_weight
-        self.llm_embedding = nn.Embedding(2, config.hidden_size)
-        self.llm = Qwen2Encoder(config)
-        self.llm_decoder = nn.Linear(config.hidden_size, speech_token_size + 3)
-        self.speech_embedding = nn.Embedding(speech_token_size + 3, config.hidden_size)
+        hidden_size = qwen.model.embed_tokens.embedding_dim
+        self.llm_embedding = nn.Embedding(2, hidden_size)
+        self.llm = Qwen2Encoder(qwen)
+        self.llm_decoder = nn.Linear(hidden_size, speech_token_size + 3)
+        self.speech_embedding = nn.Embedding(speech_token_size + 3, hidden_size)
 
     @classmethod
     def from_weights(cls, weights: dict[str, Tensor], *, qwen_config: dict, **settings) -> Self:
@@ -167,18 +170,20 @@ class Qwen2LM(nn.Module):
 
         Raises RuntimeError when names or shapes do not fit.
         """
-        config = Qwen2Config.from_dict(dict(qwen_config) | {"attn_implementation": "sdpa"})
         with torch.device("meta"):
-            model = cls(config=config, speech_token_size=len(weights["speech_embedding.weight"]) - 3, **settings)
-        qwen = model.llm.model
+            qwen = Qwen2ForCausalLM(**sizes_of(qwen_config))
+            model = cls(qwen=qwen, speech_token_size=len(weights["speech_embedding.weight"]) - 3, **settings)
         text_table = weights["llm.model.model.embed_tokens.weight"]
         model.load_state_dict({"llm.model.lm_head.weight": text_table} | weights, strict=True, assign=True)
-        qwen.lm_head.weight = qwen.model.embed_tokens.weight  # tied; loading by assignment made two of them
-        qwen.model.rotary_emb = Qwen2RotaryEmbedding(config)  # its buffer is in no state dict
+        qwen.tie()  # loading by assignment made two of them
         return model
 
+    def layers(self) -> list[nn.Module]:
+        """The layers whose activations need not be kept (see memory.recompute)."""
+        return list(self.llm.model.model.layers)
+
     def embed(self, kind: Tensor, index: Tensor) -> Tensor:
-        """Look up each position in the table of its kind: kind, index (B, L) -> (B, L, D); padding gives zeros."""
+        """Look up each position in the table of its kind: kind, index (...) -> (..., D); padding gives zeros."""
         tables = {SPECIAL: self.llm_embedding, TEXT: self.llm.model.model.embed_tokens, SPEECH: self.speech_embedding}
         xs = None
         for number, table in tables.items():
@@ -187,24 +192,29 @@ class Qwen2LM(nn.Module):
             xs = part if xs is None else xs + part
         return xs
 
-    def hidden(self, xs: Tensor, cache: DynamicCache | None = None) -> Tensor:
-        """Run Qwen2 causally over xs (B, L, D), after what `cache` holds; return the normed last states (B, L, D).
+    def hidden(self, xs: Tensor, cache: Cache | None = None) -> Tensor:
+        """Run Qwen2 causally over xs (B, L, D), after what `cache` holds; return the normed last states (B, L, D)."""
+        cache = cache or Cache()
+        cache.feed(*xs.shape[:2], xs.device)
+        return self.llm.model.model(xs, cache)
 
-        No mask: rows are padded on the right, so what a position sees is never padding, and padding is not read.
+    def forward(
+        self, kind: Tensor, index: Tensor, pack: Tensor, target: Tensor, target_position: Tensor
+    ) -> dict[str, Tensor]:
+        """Return loss (sum over the N targets) and hits (correct argmax) of a batch made by `collate`.
+
+        The rows are packed: nothing is computed at the padding of the grid kind, index (B, L).
         """
-        out = self.llm.model.model(inputs_embeds=xs, past_key_values=cache, use_cache=cache is not None)
-        return out.last_hidden_state
-
-    def forward(self, kind: Tensor, index: Tensor, target: Tensor, target_position: Tensor) -> dict[str, Tensor]:
-        """Return loss (sum over the N targets) and hits (correct argmax) of a batch made by `collate`."""
-        states = self.hidden(self.embed(kind, index))
+        xs = self.embed(kind.flatten()[pack], index.flatten()[pack])  # (P, D)
+        rows = Rows(pack, *kind.shape)
+        states = rows.unpack(self.llm.model.model(xs, rows))  # (B, L, D)
         logits = self.llm_decoder(states.flatten(0, 1).index_select(0, target_position))
         return {
             "loss": smoothed_loss(logits, target, self.lsm_weight),
             "hits": (logits.argmax(-1) == target).sum(),
         }
 
-    def log_probs(self, xs: Tensor, cache: DynamicCache) -> Tensor:
+    def log_probs(self, xs: Tensor, cache: Cache) -> Tensor:
         """Feed xs (B, L, D) after the cache; return log-probabilities (B, V) of what follows the last position."""
         return self.llm_decoder(self.hidden(xs, cache)[:, -1]).float().log_softmax(-1)
 
@@ -230,7 +240,7 @@ class Qwen2LM(nn.Module):
 
         `sample(log_probs (V,), decoded)` chooses the next id. The ratios count the text to speak, not the prompt's.
         """
-        eos, decoded, cache = self.layout.eos, [], DynamicCache()
+        eos, decoded, cache = self.layout.eos, [], Cache()
         pending = [(SPECIAL, [SOS]), (TEXT, [*prompt_text, *text]), (SPECIAL, [TASK]), (SPEECH, [*prompt_speech])]
         for i in range(int(len(text) * max_token_text_ratio)):
             scores = self.log_probs(self.look_up(pending), cache)[0]
@@ -261,7 +271,7 @@ class Qwen2LM(nn.Module):
         """
         n_text, n_speech = self.layout.mix_ratio
         eos, fill = self.layout.eos, self.layout.fill
-        queue, prompt, out, cache = list(prompt_text), list(prompt_speech), [], DynamicCache()
+        queue, prompt, out, cache = list(prompt_text), list(prompt_speech), [], Cache()
         pending = [(SPECIAL, [SOS])]
         next_fill = n_speech - len(prompt) % n_speech
         for piece in text:
