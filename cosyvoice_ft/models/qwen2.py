@@ -46,11 +46,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """q (B, L, H, d), k and v (B, S, K, d) -> (B, L, H, d); each key head serves H / K query heads."""
     group = q.shape[2] // k.shape[2]
-    q, k, v = (
-        q.transpose(1, 2),
-        k.repeat_interleave(group, 2).transpose(1, 2),
-        v.repeat_interleave(group, 2).transpose(1, 2),
-    )
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal).transpose(1, 2)
 
 
