@@ -13,6 +13,7 @@ stage=-1              # first stage
 stop_stage=7          # last stage
 corpus=               # folder with the recordings; stands for --corpus.dir
 nproc=1               # processes of stages 4 and 5, one a card
+tune=llm_flow         # what stage 6 takes from training: llm_flow (exp/NAME/model) | llm (model_llm) | flow (model_flow)
 # ---- end of options
 . tools/parse_options.sh
 
@@ -27,29 +28,34 @@ bash tools/install.sh
 . ./path.sh
 settings=(--conf "$conf" "${overrides[@]}")
 values=$(python tools/print_conf.py "${settings[@]}" \
-  name corpus.format pretrained_dir pretrained_source average.llm average.flow synth.texts)
-{ read -r name; read -r format; read -r base; read -r source; read -r num_llm; read -r num_flow; read -r texts; } <<< "$values"
+  name pretrained_dir pretrained_source synth.texts)
+{ read -r name; read -r base; read -r source; read -r texts; } <<< "$values"
 data=data/$name
 exp=exp/$name
+case $tune in
+  llm_flow) model=$exp/model ;;
+  llm | flow) model=$exp/model_$tune ;;
+  *) die "--tune is '$tune'; one of: llm_flow llm flow" ;;
+esac
 train=(python)
 [ "$nproc" -eq 1 ] || train=(torchrun --standalone --nproc_per_node "$nproc")
 
 if at -1 "base model: -> pretrained_dir"; then
-  if [ -e "$base" ]; then
-    log "$base is there"
-  elif [ "$source" = tiny ]; then
+  if [ "$source" = tiny ] && ! [ -e "$base" ]; then
     python local/make_tiny_base.py "$base"
   else
-    die "$base is missing; README.md, 'The base model', says how to get it; or name another: --pretrained_dir DIR"
+    python tools/fetch_model.py "${settings[@]}"
   fi
+  [ "$stop_stage" -ge 1 ] || python tools/check_model_dir.py "$base" "${settings[@]}"
 fi
 
 if at 0 "recordings and texts: corpus -> data/NAME/{train,dev}"; then
-  case $format in
-    pairs) python local/prepare_pairs.py "$data" "${settings[@]}" ;;
-    ljspeech) python local/prepare_table.py "$data" "${settings[@]}" ;;
-    *) die "corpus.format: '$format' is unknown; one of: pairs ljspeech" ;;
-  esac
+  format=$(python local/recognise_format.py "${settings[@]}")
+  python "local/prepare_$format.py" "$data" "${settings[@]}"
+fi
+
+if [ "$stage" -le 5 ] && [ "$stop_stage" -ge 1 ] && [ -e "$base" ]; then   # stages 1 to 5 read the base model
+  python tools/check_model_dir.py "$base" "${settings[@]}"
 fi
 
 if at 1 "speaker vectors: wav.scp -> utt2embedding.pt spk2embedding.pt"; then
@@ -82,27 +88,35 @@ if at 5 "train the flow-matching model: parquet -> exp/NAME/flow"; then
   "${train[@]}" tools/train.py flow "$data" "$exp/flow" "${settings[@]}"
 fi
 
-if at 6 "average the best epochs and build the model: -> exp/NAME/model"; then
-  need "$exp/llm/last.pt" 4
-  need "$exp/flow/last.pt" 5
-  python tools/average.py "$exp/llm" --num "$num_llm"
-  python tools/average.py "$exp/flow" --num "$num_flow"
-  python tools/make_model_dir.py "$exp/model" --llm "$exp/llm/average.pt" --flow "$exp/flow/average.pt" \
-    --embedding "$data/train/spk2embedding.pt" "${settings[@]}"
+if at 6 "average epochs and build the model: -> exp/NAME/model"; then
+  tuned=()
+  for part in ${tune/_/ }; do
+    need "$exp/$part/last.pt" "$([ "$part" = llm ] && echo 4 || echo 5)"
+    python tools/average.py "$exp/$part" "${settings[@]}"
+    tuned+=("--$part" "$exp/$part/average.pt")
+  done
+  need "$data/train/spk2embedding.pt" 1
+  python tools/make_model_dir.py "$model" "$data/train" "${tuned[@]}" "${settings[@]}"
+  [ -z "$texts" ] || python tools/try_voice.py "$model" "$texts" "${settings[@]}"
 fi
 
-if at 7 "speak: texts -> exp/NAME/synth"; then
-  need "$exp/model/llm.pt" 6
+if at 7 "speak: texts -> exp/NAME/synth, and with the base model -> exp/NAME/synth_base"; then
+  need "$model/llm.pt" 6
   [ -n "$texts" ] || die "synth.texts is not set; name a file with one sentence a line: --synth.texts FILE"
-  python tools/synthesize.py "$exp/model" "$texts" "$exp/synth" "${settings[@]}"
+  python tools/synthesize.py "$model" "$texts" "$exp/synth" "${settings[@]}"
+  python tools/synthesize.py "$model" "$texts" "$exp/synth_base" --model base "${settings[@]}"
 fi
+
 
 log "stages $stage to $stop_stage done in $((SECONDS - start)) s"
 if [ "$stage" -le 7 ] && [ "$stop_stage" -ge 7 ]; then
-  echo "  hear it:        $exp/synth/wav/   (what each file says: $exp/synth/text)"
+  python tools/show_result.py natural="$data/dev" base="$exp/synth_base" tuned="$exp/synth" "${settings[@]}"
+  echo "  hear it:        $exp/synth/wav/   (what each file says: $exp/synth/text; the base model: $exp/synth_base)"
+  echo "  say more:       python tools/synthesize.py $model SENTENCES.txt OUT --conf $conf   (first: . ./path.sh)"
   echo "  watch it learn: tensorboard --logdir $exp"
-  echo "  hand it over:   $exp/model   (the official CosyVoice code takes it as it is)"
-  if [ "$source" = tiny ]; then
+  echo "  train on:       bash run.sh --conf $conf --stage 4 --train.llm.max_epoch N --train.flow.max_epoch M"
+  echo "  hand it over:   $model   (the official CosyVoice code takes it as it is)"
+  if grep -qs 'random weights' "$base/cosyvoice2.yaml"; then
     echo "  This base model has random weights: what you hear is noise by design. With the real CosyVoice2-0.5B:"
     echo "  bash run.sh --conf $conf --pretrained_dir DIR"
   fi

@@ -12,6 +12,7 @@ wav: float32 tensor (T,) in [-1, 1], one channel. Constants of the signal path a
 """
 
 import math
+import re
 import shlex
 import sys
 from functools import lru_cache
@@ -45,64 +46,108 @@ WHISPER_PER_TOKEN = ANALYSIS_RATE // TOKEN_RATE // WHISPER_HOP
 assert (TOKEN_SAMPLES, MEL_PER_TOKEN, WHISPER_PER_TOKEN) == (960, 2, 4)
 assert TOKEN_SAMPLES == MEL_PER_TOKEN * HOP and ANALYSIS_RATE == TOKEN_RATE * WHISPER_PER_TOKEN * WHISPER_HOP
 
+UNKNOWN_SIZE = 0x7FFFF000  # bytes: what programs that write to a pipe put for the size of the sound, or more
+MPEG_SLACK = 2304  # samples: two frames, by which the header of an mp3 may count too many
 LARGEST_KERNEL = 2**25  # taps of a resampling filter; 44101 Hz would need 10^9, usual rates need fewer than 10^6
 FORMATS = {".wav": "WAV", ".flac": "FLAC"}
+
+
+class BadSound(BadInput):
+    """A sound file that cannot be used: `rule` is the rule it breaks, in a word, `value` what was found."""
+
+    def __init__(self, path: str | Path, rule: str, value: str, cure: str) -> None:
+        super().__init__(f"{path}: {value}; {cure}")
+        self.rule, self.value = rule, value
 
 
 def load_wav(path: str | Path, sample_rate: int | None = None) -> Tensor:
     """Read a sound file as wav (T,): mean over its channels, resampled to `sample_rate` Hz (None: as recorded).
 
     A wave that leaves [-1, 1] (float files, overshoot of resampling) is divided by its largest magnitude.
-    Raises BadInput for a file that is missing, no file, empty, undecodable, cut off, below 16 kHz or not finite.
+    Raises BadSound for a file that is missing, no file, empty, undecodable, cut off, below 16 kHz or not finite.
     """
     with _open(path) as sound:
         try:
             samples = sound.read(dtype="float32", always_2d=True)  # (T, channels)
         except soundfile.LibsndfileError as error:
-            raise BadInput(f"{path}: decoding fails ({error.error_string}); copy or record it again") from error
-        if len(samples) < 0.9 * sound.frames:  # a compressed file may well differ from its header by some frames
-            raise BadInput(f"{path}: {len(samples)} of {sound.frames} samples can be decoded; copy the file again")
-        wav, source_rate = torch.from_numpy(samples).mean(dim=1), sound.samplerate
+            reason = f"decoding fails{error.error_string and f' ({error.error_string})'}"
+            raise BadSound(path, "truncated", reason, "copy or record it again") from error
+        promised, wav, source_rate = sound.frames, torch.from_numpy(samples).mean(dim=1), sound.samplerate
+        slack = MPEG_SLACK + promised // 100 if sound.format == "MP3" else 0
+    if len(wav) < promised - slack:
+        raise BadSound(path, "truncated", f"{len(wav)} of {promised} samples can be decoded", "copy the file again")
     if not wav.isfinite().all():
-        raise BadInput(f"{path}: holds samples that are not numbers (NaN or infinite); write the file again")
+        raise BadSound(path, "undecodable", "holds samples that are not numbers (NaN or infinite)", "write it again")
     wav = resample(wav, source_rate, sample_rate or source_rate)
     return wav / wav.abs().max().clamp(min=1.0)
 
 
 def duration(path: str | Path) -> tuple[float, int]:
-    """Return (seconds, samples at the file's own rate) by its header, without decoding. Raises BadInput as load_wav."""
+    """Return (seconds, samples at the file's own rate) by its header, without decoding. Raises BadSound as load_wav."""
     with _open(path) as sound:
         return sound.frames / sound.samplerate, sound.frames
 
 
 def _open(path: str | Path) -> soundfile.SoundFile:
-    """Open a sound file whose header promises something that can be used, or raise BadInput."""
+    """Open a sound file whose header promises something that can be used, or raise BadSound."""
     path = Path(path)
-    if path.is_dir() or not path.exists():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise BadInput(f"{path}: {what}; give a sound file (wav, flac, ogg, mp3)")
-    if path.stat().st_size == 0:
-        raise BadInput(f"{path}: the file is empty (0 bytes); copy it again")
     cure = f"convert it: ffmpeg -i {shlex.quote(str(path))} -ar {SAMPLE_RATE} new.wav"
     try:
+        if path.is_dir():
+            raise BadSound(path, "undecodable", "is a directory", "give a sound file (wav, flac, ogg, mp3)")
+        if path.stat().st_size == 0:
+            raise BadSound(path, "undecodable", "the file is empty (0 bytes)", "copy it again")
+        missing = _missing_bytes(path)
         sound = soundfile.SoundFile(path)
+    except FileNotFoundError as error:
+        raise BadSound(path, "missing", "does not exist", "give a sound file (wav, flac, ogg, mp3)") from error
+    except OSError as error:
+        raise BadSound(path, "undecodable", f"cannot be read ({error.strerror})", "mend its permissions") from error
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless *.raw
         reason = getattr(error, "error_string", error)
-        raise BadInput(f"{path}: not a sound file that can be decoded ({reason}); {cure}") from error
+        raise BadSound(path, "undecodable", f"not a sound file that can be decoded ({reason})", cure) from error
     rate, samples = sound.samplerate, sound.frames
     common = math.gcd(rate, SAMPLE_RATE)
-    if samples == 0:
-        problem = "holds no samples; record it again or leave it out"
+    if missing > 0:
+        problem = "truncated", f"{missing} bytes fewer than its header says", "copy the file again"
+    elif samples == 0:
+        problem = "undecodable", "holds no samples", "record it again or leave it out"
     elif samples == sys.maxsize:
-        problem = f"written to a pipe, its header does not tell the length; {cure}"
+        problem = "undecodable", "written to a pipe, its header does not tell the length", cure
     elif rate < ANALYSIS_RATE:
-        problem = f"{rate} Hz; recordings need at least {ANALYSIS_RATE} Hz, leave it out"
+        problem = "rate", f"{rate} Hz", f"recordings need at least {ANALYSIS_RATE} Hz, leave it out"
     elif (rate // common) * (SAMPLE_RATE // common) > LARGEST_KERNEL:
-        problem = f"{rate} Hz is no usual rate; {cure}"
+        problem = "rate", f"{rate} Hz is no usual rate", cure
     else:
         return sound
     sound.close()
-    raise BadInput(f"{path}: {problem}")
+    raise BadSound(path, *problem)
+
+
+def _missing_bytes(path: Path) -> int:
+    """Return how many bytes of sound the header of a WAV or NIST file promises beyond the file's end.
+
+    libsndfile hides such a cut, and one of an Ogg file whose last page does not say that it is the last (here: 1).
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(1024)
+        if head.startswith(b"NIST_1A") and b"-s3 pcm" in head:
+            fields = {key: int(value) for key, value in re.findall(rb"(\w+) -i (\d+)", head)}
+            samples = fields.get(b"sample_count", 0) * fields.get(b"channel_count", 1)
+            return int(head[8:16]) + samples * fields.get(b"sample_n_bytes", 2) - size
+        if head.startswith(b"OggS"):
+            file.seek(max(0, size - 2**16))
+            tail = file.read()
+            return int(not tail[tail.rfind(b"OggS") + 5] & 4)
+        if head.startswith(b"RIFF"):
+            file.seek(12)
+            while len(chunk := file.read(8)) == 8:
+                length = int.from_bytes(chunk[4:], "little")
+                if chunk[:4] == b"data":
+                    return 0 if length >= UNKNOWN_SIZE else file.tell() + length - size
+                file.seek(length + length % 2, 1)
+    return 0
 
 
 def save_wav(path: str | Path, wav: Tensor, sample_rate: int) -> None:

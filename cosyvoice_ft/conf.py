@@ -104,7 +104,6 @@ def load_conf(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     if "pretrained_dir" in words and "pretrained_source" not in words:
         conf["pretrained_source"] = "local"  # never make a tiny base where the user named a directory of their own
     conf["name"] = conf["name"] or Path(path).stem
-    conf["corpus"]["speaker"] = conf["corpus"]["speaker"] or conf["name"]
     return conf
 
 

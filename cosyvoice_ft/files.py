@@ -1,6 +1,7 @@
 """Files on disk: whole or absent, known by their fingerprint, and wrong in a way that one line explains."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -18,9 +19,9 @@ def whole(path: str | Path) -> Iterator[Path]:
     A reader, a killed job or a full disk therefore never shows a half-written `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
     except OSError as error:
@@ -28,7 +29,27 @@ def whole(path: str | Path) -> Iterator[Path]:
             f"{path}: cannot be written ({error.strerror or error}); free space or fix permissions"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+@contextlib.contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Keep `folder` to this process while the block runs, however the process ends; folders are made.
+
+    Raises BadInput at once when another process holds it.
+    """
+    folder = Path(folder)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "w"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"{folder}: another run is at work in it; wait for its end, or give a --name") from error
+        except OSError as error:
+            raise BadInput(f"{folder}: cannot be written ({error.strerror}); free space or fix permissions") from error
+        yield
 
 
 def fingerprint(path: str | Path) -> str:

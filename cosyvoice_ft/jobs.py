@@ -2,36 +2,64 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 from cosyvoice_ft.cli import progress
 from cosyvoice_ft.files import BadInput
 
 MAX_LOSS = 0.05  # share of utterances that may fail before a tool stops with nothing written
+AHEAD = 4  # items a core that are worked on, or wait to be taken: what bounds the memory of any number of them
+
+
+def cores() -> int:
+    """Return the cores of this process, its part of them where torchrun started several on this machine."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def in_order(
+    function: Callable[[Any], Any], items: Iterable[Any], nj: int | None = None
+) -> Iterator[tuple[Any, Any | BadInput]]:
+    """Yield (item, function(item)) in the order of `items`; a BadInput that it raises stands for the result.
+
+    Threads: soundfile, torch and onnxruntime release the interpreter lock, so `nj` of them use `nj` cores. Tell torch
+    to use one thread itself. However slowly the results are taken, at most 4 items a thread are in memory.
+    """
+    items, nj = iter(items), nj or cores()
+
+    def result(item: Any) -> Any | BadInput:
+        try:
+            return function(item)
+        except BadInput as error:
+            return error
+
+    with ThreadPoolExecutor(nj) as pool:
+        try:
+            ahead = deque((item, pool.submit(result, item)) for item in islice(items, AHEAD * nj))
+            while ahead:
+                item, job = ahead.popleft()
+                yield item, job.result()
+                ahead.extend((item, pool.submit(result, item)) for item in islice(items, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def for_each(
     function: Callable[[Any], Any], items: Mapping[str, Any], *, what: str, nj: int | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return ({utt: function(item)}, {utt: reason}) in the order of `items`; a BadInput fails only its utterance.
-
-    Threads: soundfile, torch and onnxruntime release the interpreter lock, so `nj` of them use `nj` cores.
-    """
+    """Return ({utt: function(item)}, {utt: reason}) in the order of `items`; a BadInput fails only its utterance."""
     results, failed = {}, {}
-    with ThreadPoolExecutor(nj or os.cpu_count()) as pool:
-        jobs = {pool.submit(function, item): utt for utt, item in items.items()}
-        try:
-            for job in progress(as_completed(jobs), len(jobs), what):
-                try:
-                    results[jobs[job]] = job.result()
-                except BadInput as error:
-                    failed[jobs[job]] = str(error)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return {utt: results[utt] for utt in items if utt in results}, failed
+    done = in_order(lambda utt: function(items[utt]), items, nj)
+    for utt, result in progress(done, len(items), what):
+        if isinstance(result, BadInput):
+            failed[utt] = str(result)
+        else:
+            results[utt] = result
+    return results, failed
 
 
 def settle(failed: Mapping[str, str], total: int, out: object) -> None:

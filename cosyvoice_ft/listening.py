@@ -15,7 +15,7 @@ from torch import Tensor
 from cosyvoice_ft import audio, checkpoint
 from cosyvoice_ft.engine import Engine
 from cosyvoice_ft.shards import Shards
-from cosyvoice_ft.synthesis import Synthesizer, load_model
+from cosyvoice_ft.synthesis import Sentence, Synthesizer, Voice, load_model
 
 OTHER = {"llm": "flow", "flow": "llm"}
 
@@ -48,16 +48,16 @@ class Listener:
             return
         start, spoken = time.monotonic(), 0
         shards = Shards(self.data / "dev" / "parquet" / "data.list")
-        speaker = {"embedding": torch.from_numpy(shards.spk_embedding[0].copy())[None]}
+        voice = Voice(torch.from_numpy(shards.spk_embedding[0].copy())[None])
         if epoch == 0:
             self.show("recording", 0, None, shards.speech_feat(0))
         self.engine.module.eval()
         for name, synthesizer in self.synthesizers():
-            synthesizer.speakers = {"voice": speaker}
             for number, sentence in own:
                 if time.monotonic() - start > limit:
                     break
-                sound = synthesizer.speak(sentence, "voice", self.settings["seed"])
+                wanted = Sentence(f"{name}_{number + 1}", sentence, voice, seed=self.settings["seed"])
+                (sound,) = synthesizer.speak([wanted])
                 self.show(f"{name}/{number + 1}", epoch, sound.wav, audio.log_mel(sound.wav).numpy())
                 audio.save_wav(self.out / "listen" / f"epoch_{epoch}_{name}_{number + 1}.wav", sound.wav, 24000)
                 spoken += 1

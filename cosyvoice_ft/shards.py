@@ -8,13 +8,14 @@
     spk_embedding   fixed list<float>[192]
     speech_feat     list<float16>           log-mel, 2S * 80 values
 
-Row groups hold 64 utterances; a reader of tokens never touches the mel. `data.list` names the shards, relative to its
-own folder.
+Row groups hold 64 utterances, shards 16 row groups; a reader of tokens never touches the mel. `data.list` names the
+shards, relative to its own folder.
 """
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ import pyarrow.parquet as pq
 from cosyvoice_ft.files import BadInput, whole
 
 N_MELS = 80
-ROW_GROUP = 64
+ROW_GROUP = 64  # utterances
+SHARD = 16 * ROW_GROUP
 SCHEMA = pa.schema(
     [
         ("utt", pa.string()),
@@ -39,13 +41,30 @@ SCHEMA = pa.schema(
 )
 
 
-def write_shard(path: str | Path, rows: Sequence[Mapping], metadata: Mapping[str, str]) -> None:
-    """Write rows (keys as in the head of this file, arrays as numpy) as one parquet file, whole or not at all."""
-    columns = [_column([row[field.name] for row in rows], field.type) for field in SCHEMA]
-    table = pa.table(columns, schema=SCHEMA.with_metadata(dict(metadata)))
+def write_shards(folder: str | Path, rows: Iterable[Mapping], metadata: Mapping[str, str]) -> list[Path]:
+    """Write rows as they come to FOLDER/NNNNN.parquet and FOLDER/data.list; return the shards."""
+    rows, paths = iter(rows), []
+    for first in rows:
+        paths.append(Path(folder) / f"{len(paths):05d}.parquet")
+        write_shard(paths[-1], chain([first], islice(rows, SHARD - 1)), metadata)
+    write_data_list(Path(folder) / "data.list", paths)
+    return paths
+
+
+def write_shard(path: str | Path, rows: Iterable[Mapping], metadata: Mapping[str, str]) -> None:
+    """Write rows (keys as in the head of this file, arrays as numpy) as one parquet file, whole or not at all.
+
+    No more than one row group is in memory.
+    """
+    rows, schema = iter(rows), SCHEMA.with_metadata(dict(metadata))
     compression = {field.name: "none" if field.name == "speech_feat" else "zstd" for field in SCHEMA}
-    with whole(path) as part:
-        pq.write_table(table, part, row_group_size=ROW_GROUP, compression=compression, use_dictionary=["spk"])
+    with (
+        whole(path) as part,
+        pq.ParquetWriter(part, schema, compression=compression, use_dictionary=["spk"]) as writer,
+    ):
+        while group := list(islice(rows, ROW_GROUP)):
+            columns = [_column([row[field.name] for row in group], field.type) for field in SCHEMA]
+            writer.write_table(pa.table(columns, schema=schema))
 
 
 def _column(values: list, kind: pa.DataType) -> pa.Array:

@@ -1,21 +1,38 @@
-"""A model directory that speaks: text -> segments -> speech tokens -> mel -> wave, loaded once."""
+"""A model directory that speaks: text -> segments -> speech tokens -> mel -> wave.
+
+What the two networks get to hear beside the text, by mode (P: a prompt recording, its transcript, and its voice):
+
+    mode            language model                             flow
+    sft             -                                          the speaker's vector
+    zero_shot       P's transcript, P's speech tokens          P's tokens, mel and vector
+    cross_lingual   -                                          P's tokens, mel and vector
+    instruct        the instruction, <|endofprompt|>           P's tokens, mel and vector
+
+Every segment draws from a generator keyed by (seed, its text, its place), so what is said does not depend on what is
+spoken beside it.
+"""
 
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice_ft import audio, checkpoint, conf, text
 from cosyvoice_ft.files import BadInput
 from cosyvoice_ft.models.flow import CausalMaskedDiffWithXvec
 from cosyvoice_ft.models.hift import HiFTGenerator
-from cosyvoice_ft.models.llm import Qwen2LM
+from cosyvoice_ft.models.llm import Qwen2LM, Request
 from cosyvoice_ft.models.sampling import ras_sampling
+
+MODES = ("sft", "zero_shot", "cross_lingual", "instruct")
+MAX_TOKENS = 2000  # speech tokens that the flow takes side by side, 80 s
+PROMPT_FIELDS = ("prompt_text", "llm_prompt_speech_token", "flow_prompt_speech_token", "prompt_speech_feat")
 
 
 def load_model(part: str, model_dir: str | Path, settings: Mapping, weights: str | Path | None = None) -> nn.Module:
@@ -42,16 +59,82 @@ def load_model(part: str, model_dir: str | Path, settings: Mapping, weights: str
 
 
 @dataclass
-class Spoken:
-    """What was spoken for one text."""
+class Voice:
+    """A speaker: the vector, and what is known of a prompt recording (empty when nothing is)."""
 
+    embedding: Tensor  # (1, 192)
+    prompt_text: list[int] = field(default_factory=list)
+    prompt_token: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # (S,)
+    prompt_feat: Tensor = field(default_factory=lambda: torch.zeros(0, audio.N_MELS))  # (2 S, 80)
+
+    @classmethod
+    def from_info(cls, info: Mapping[str, Tensor]) -> "Voice":
+        """Read an entry of spk2info.pt, of either kind (the vector alone, or a saved zero-shot prompt)."""
+        embedding = info["embedding"] if "embedding" in info else info["flow_embedding"]
+        if not all(name in info for name in PROMPT_FIELDS):
+            return cls(embedding.float())
+        return cls(
+            embedding.float(),
+            info["prompt_text"][0].tolist(),
+            info["flow_prompt_speech_token"][0].long(),
+            info["prompt_speech_feat"][0].float(),
+        )
+
+    def to_info(self) -> dict[str, Tensor]:
+        """Return the entry of spk2info.pt that both kinds of reader take."""
+        info = {"embedding": self.embedding}
+        if not len(self.prompt_token):
+            return info
+        for name, value in (
+            ("prompt_text", torch.tensor([self.prompt_text], dtype=torch.int32)),
+            ("llm_prompt_speech_token", self.prompt_token[None].int()),
+            ("flow_prompt_speech_token", self.prompt_token[None].int()),
+            ("prompt_speech_feat", self.prompt_feat[None]),
+        ):
+            info |= {name: value, f"{name}_len": torch.tensor([value.shape[1]], dtype=torch.int32)}
+        return info | {"llm_embedding": self.embedding, "flow_embedding": self.embedding}
+
+
+@dataclass
+class Sentence:
+    """One text to speak. `tokens` given: these are spoken, and the language model is not asked."""
+
+    utt: str
+    text: str
+    voice: Voice
+    mode: str = "sft"
+    instruction: str = ""
+    seed: int = 0
+    tokens: list[int] | None = None
+
+
+@dataclass
+class Spoken:
+    """What was spoken for a sentence."""
+
+    sentence: Sentence
     wav: Tensor  # (T,) at 24 kHz
     tokens: int
     ended: bool  # every segment ended by itself, before the limit of its length
+    retried: bool  # a segment hit the limit and was spoken again with another seed
+
+
+@dataclass
+class Segment:
+    """A piece of a sentence on its way."""
+
+    sentence: Sentence
+    ids: list[int]
+    prompt_text: list[int]
+    seed: tuple[int, ...]
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = True
+    retried: bool = False
+    wav: Tensor | None = None
 
 
 class Synthesizer:
-    """The three networks, the tokenizer and the speakers of a model directory."""
+    """The three networks, the tokenizer and the voices of a model directory, loaded once."""
 
     def __init__(
         self,
@@ -61,13 +144,12 @@ class Synthesizer:
         networks: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Load a model directory; `networks` ("llm", "flow", "hift") stand in for the directory's own."""
-        model_dir = Path(model_dir)
+        model_dir, given = Path(model_dir), networks or {}
         if not model_dir.is_dir():
             raise BadInput(f"{model_dir}: no such model directory; stage 6 makes exp/NAME/model")
         conf.check_model_yaml(settings, model_dir)
         self.settings, self.device = settings, device
         self.tokenizer = text.Tokenizer(model_dir)
-        given = networks or {}
         self.llm, self.flow, self.hift = (
             (given.get(part) or load_model(part, model_dir, settings)).eval().to(device)
             for part in ("llm", "flow", "hift")
@@ -75,52 +157,122 @@ class Synthesizer:
         if "hift" not in given:
             self.hift.fold_weight_norm()
         path = model_dir / "spk2info.pt"
-        self.speakers = checkpoint.load(path) if path.is_file() else {}
+        info = checkpoint.load(path) if path.is_file() else {}
+        self.voices = {name: Voice.from_info(entry) for name, entry in info.items()}
 
-    def speaker(self, name: str | None) -> str:
-        """Return the speaker to use: `name`, or the only one there is. Raises BadInput naming those there are."""
-        known = ", ".join(self.speakers) or "none: this directory has no spk2info.pt"
-        if name is None and len(self.speakers) == 1:
-            return next(iter(self.speakers))
-        if name not in self.speakers:
+    def voice(self, name: str | None) -> tuple[str, Voice]:
+        """Return the speaker `name`, or the only one there is. Raises BadInput naming those there are."""
+        if name is None and len(self.voices) == 1:
+            name = next(iter(self.voices))
+        if name not in self.voices:
+            known = ", ".join(self.voices) or "none: this directory has no spk2info.pt"
             raise BadInput(f"speaker '{name or ''}' is unknown; known: {known}")
-        return name
+        return name, self.voices[name]
 
     @torch.inference_mode()
-    def speak(self, sentence: str, speaker: str, seed: int) -> Spoken:
-        """Speak one text with a speaker of spk2info.pt. The same seed and text give the same sound.
+    def speak(self, sentences: Sequence[Sentence], batch_size: int = 8) -> Iterator[Spoken]:
+        """Speak sentences of a like length side by side; yield each when all of it has been spoken.
 
-        Raises BadInput when nothing of the text can be spoken.
+        A sentence of which nothing can be spoken comes back with an empty wave.
         """
-        parts = text.segments(sentence, self.tokenizer, self.settings["text"]["frontend"])
-        if not parts:
-            raise BadInput(f"'{sentence}': nothing to speak")
-        wavs, count, ended = [], 0, True
-        for number, part in enumerate(parts):
-            rng = np.random.default_rng([seed, number, zlib.crc32(part.encode())])
-            ids = self.tokenizer.encode(part)
-            tokens = self.speech_tokens(ids, rng)
-            limit = int(len(ids) * self.settings["llm"]["max_token_text_ratio"])
-            count, ended = count + len(tokens), ended and 0 < len(tokens) < limit
-            if tokens:
-                wavs.append(self.wave(tokens, self.speakers[speaker]["embedding"], rng))
-        return Spoken(torch.cat(wavs) if wavs else torch.zeros(0), count, ended)
+        waiting = {number: self.segments(sentence) for number, sentence in enumerate(sentences)}
+        queue = sorted((part for parts in waiting.values() for part in parts), key=lambda part: len(part.ids))
+        for number in [number for number, parts in waiting.items() if not parts]:
+            del waiting[number]
+            yield Spoken(sentences[number], torch.zeros(0), 0, False, False)
+        for start in range(0, len(queue), batch_size):
+            group = queue[start : start + batch_size]
+            self.add_tokens([part for part in group if part.sentence.tokens is None])
+            for some in bounded([part for part in group if part.tokens]):
+                self.add_waves(some)
+            for part in group:
+                part.wav = torch.zeros(0) if part.wav is None else part.wav
+            for number in [n for n, parts in waiting.items() if all(part.wav is not None for part in parts)]:
+                yield self.join(sentences[number], waiting.pop(number))
 
-    def speech_tokens(self, ids: list[int], rng: np.random.Generator) -> list[int]:
-        """Text ids -> speech tokens."""
+    def segments(self, sentence: Sentence) -> list[Segment]:
+        """Normalise and split a sentence; what goes before each segment depends on the mode (table above)."""
+        if sentence.tokens is not None:
+            return [Segment(sentence, [], [], (sentence.seed, 0), list(sentence.tokens))]
+        prompt: list[int] = []
+        if sentence.mode == "zero_shot":
+            prompt = sentence.voice.prompt_text
+        elif sentence.mode == "instruct":
+            prompt = self.tokenizer.encode(sentence.instruction + text.END_OF_PROMPT)
+        parts = text.segments(sentence.text, self.tokenizer, self.settings["text"]["frontend"])
+        keys = [(sentence.seed, number, zlib.crc32(part.encode())) for number, part in enumerate(parts)]
+        return [
+            Segment(sentence, self.tokenizer.encode(part), prompt, key) for part, key in zip(parts, keys, strict=True)
+        ]
+
+    def add_tokens(self, parts: Sequence[Segment]) -> None:
+        """Text -> speech tokens; what hits the limit of its length is tried once more with another seed."""
+        self.decode(parts)
+        again = [part for part in parts if not part.ended]
+        for part in again:
+            part.tokens, part.retried, part.seed = [], True, (*part.seed, 1)
+        if again:
+            self.decode(again)
+
+    def decode(self, parts: Sequence[Segment]) -> None:
         own = self.settings["llm"]
-        sample = partial(ras_sampling, uniform=rng.random, **own["sampling"])
         ratios = {key: own[key] for key in ("min_token_text_ratio", "max_token_text_ratio")}
-        return list(self.llm.decode(ids, sample=sample, **ratios))
+        requests = []
+        for part in parts:
+            sample = partial(ras_sampling, uniform=np.random.default_rng(part.seed).random, **own["sampling"])
+            speech = part.sentence.voice.prompt_token.tolist() if part.sentence.mode == "zero_shot" else []
+            requests.append(Request(part.ids, sample, part.prompt_text, speech, **ratios))
+        for number, token in self.llm.decode_rows(requests):
+            parts[number].tokens.append(token)
+        for part in parts:
+            part.ended = 0 < len(part.tokens) < int(len(part.ids) * own["max_token_text_ratio"])
 
-    def wave(self, tokens: list[int], embedding: Tensor, rng: np.random.Generator) -> Tensor:
-        """Speech tokens and a speaker vector (1, 192) -> (T,) at 24 kHz on the CPU."""
-        mel, _ = self.flow.inference(
-            token=[torch.tensor(tokens)],
-            prompt_token=[torch.zeros(0, dtype=torch.long)],
-            prompt_feat=[torch.zeros(0, audio.N_MELS)],
-            embedding=embedding.to(self.device),
+    def add_waves(self, parts: Sequence[Segment]) -> None:
+        """Speech tokens -> mel, side by side -> waves, one by one: a vocoder row hears the padding beside it."""
+        prompted = [part.sentence.mode != "sft" for part in parts]
+        none = Voice(torch.zeros(1, 1))
+        prompts = [part.sentence.voice if yes else none for part, yes in zip(parts, prompted, strict=True)]
+        mel, frames = self.flow.inference(
+            token=[torch.tensor(part.tokens) for part in parts],
+            prompt_token=[voice.prompt_token for voice in prompts],
+            prompt_feat=[voice.prompt_feat for voice in prompts],
+            embedding=torch.cat([part.sentence.voice.embedding for part in parts]).to(self.device),
             n_timesteps=self.settings["flow"]["n_timesteps"],
         )
-        noise = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        return self.hift(mel, generator=noise)[0][0].cpu()
+        speed = self.settings["synth"]["speed"]
+        for part, row, n in zip(parts, mel, frames.tolist(), strict=True):
+            row = row[None, :, :n]
+            if speed != 1:
+                row = F.interpolate(row, size=max(1, int(n / speed)), mode="linear")
+            seed = int(np.random.default_rng(part.seed).integers(2**63))
+            part.wav = self.hift(row, generator=torch.Generator().manual_seed(seed))[0][0].cpu()
+
+    def join(self, sentence: Sentence, parts: Sequence[Segment]) -> Spoken:
+        """Put the segments of a sentence together, with a pause between them."""
+        pause = torch.zeros(round(self.settings["synth"]["pause"] * audio.SAMPLE_RATE))
+        waves = [wave for part in parts if len(part.wav) for wave in (pause, part.wav)][1:]
+        wav = torch.cat(waves) if waves else torch.zeros(0)
+        tokens = sum(len(part.tokens) for part in parts)
+        ended, retried = all(part.ended for part in parts), any(part.retried for part in parts)
+        return Spoken(sentence, wav, tokens, ended, retried)
+
+
+def bounded(parts: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Cut a batch where its padded tokens would exceed MAX_TOKENS: attention takes memory with the square of a row."""
+    group: list[Segment] = []
+    for part in sorted(parts, key=lambda part: len(part.tokens)):
+        if group and len(part.tokens) * (len(group) + 1) > MAX_TOKENS:
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def with_prompt(voice: Voice, wav: Tensor, tokens: np.ndarray, prompt_text: list[int]) -> Voice:
+    """Return `voice` with a prompt: wav (T,) at 24 kHz padded to whole tokens, its tokens (T / 960,), its text ids."""
+    feat = audio.log_mel(wav)
+    n = min(len(tokens), len(feat) // audio.MEL_PER_TOKEN)
+    token = torch.from_numpy(tokens[:n].astype(np.int64))
+    return replace(voice, prompt_text=prompt_text, prompt_token=token, prompt_feat=feat[: audio.MEL_PER_TOKEN * n])
+

@@ -1,6 +1,7 @@
 """Kaldi tables: text files of `<key> <value>` lines, sorted by key in C locale. The one reader and the one writer.
 
-A data directory holds wav.scp, text, utt2spk, spk2utt, utt2dur (and instruct); the value may hold blanks.
+A data directory holds wav.scp, text, utt2spk, spk2utt, utt2dur (and instruct, spk2prompt); the value may hold blanks.
+wav.scp is written last: where it is, the others are complete.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,23 +10,37 @@ from pathlib import Path
 from cosyvoice_ft.files import BadInput, whole
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """Read a text file as its lines, without a byte order mark and without line ends (LF or CRLF).
+
+    Raises BadInput for a file that cannot be read, and for one that is not UTF-8, naming the line.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
+    encoding = "UTF-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "GB18030"
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        try:
+            lines[number - 1] = line.decode("utf-8").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            cure = f"convert the file first: iconv -f {encoding} -t UTF-8"
+            raise BadInput(f"{path}:{number}: not UTF-8; {cure}") from error
+    return lines
+
+
 def read_table(path: str | Path) -> dict[str, str]:
     """Read a table as {key: value}, in the order of the file. A key alone on its line has the value "".
 
     Raises BadInput naming file and line: a missing file, a text that is not UTF-8, an empty line, a key given twice.
     """
-    path, table = Path(path), {}
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
-    if lines[-1] == b"":
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        try:
-            key, _, value = line.decode("utf-8").strip(" \t\r").replace("\t", " ", 1).partition(" ")
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{path}:{number}: not UTF-8; convert the file first: iconv -f GB18030 -t UTF-8") from error
+    table = {}
+    for number, line in enumerate(read_lines(path), 1):
+        key, _, value = line.strip(" \t").replace("\t", " ", 1).partition(" ")
         if not key:
             raise BadInput(f"{path}:{number}: empty line; every line is '<key> <value>'")
         if key in table:
@@ -49,12 +64,25 @@ def spk2utt(utt2spk: Mapping[str, str]) -> dict[str, str]:
     return {spk: " ".join(utts) for spk, utts in groups.items()}
 
 
-def write_data_dir(path: str | Path, rows: Iterable[Mapping]) -> None:
-    """Write a data directory from rows with utt, wav, text, spk and seconds: wav.scp text utt2spk spk2utt utt2dur."""
+def write_data_dir(path: str | Path, rows: Iterable[Mapping], spk2prompt: Mapping[str, object] | None = None) -> None:
+    """Write a data directory: wav.scp text utt2spk spk2utt utt2dur, and what else there is: instruct, spk2prompt.
+
+    rows: utt, wav, text, spk, seconds, and instruct where an utterance has one. spk2prompt: {speaker: sound file}.
+    """
     path, rows = Path(path), list(rows)
+    (path / "wav.scp").unlink(missing_ok=True)
     utt2spk = {row["utt"]: row["spk"] for row in rows}
-    write_table(path / "wav.scp", {row["utt"]: row["wav"] for row in rows})
-    write_table(path / "text", {row["utt"]: row["text"] for row in rows})
-    write_table(path / "utt2dur", {row["utt"]: f"{row['seconds']:.3f}" for row in rows})
-    write_table(path / "utt2spk", utt2spk)
-    write_table(path / "spk2utt", spk2utt(utt2spk))
+    tables = {
+        "text": {row["utt"]: row["text"] for row in rows},
+        "utt2spk": utt2spk,
+        "spk2utt": spk2utt(utt2spk),
+        "utt2dur": {row["utt"]: f"{row['seconds']:.3f}" for row in rows},
+        "instruct": {row["utt"]: row["instruct"] for row in rows if row.get("instruct")},
+        "spk2prompt": {spk: wav for spk, wav in (spk2prompt or {}).items() if spk in utt2spk.values()},
+        "wav.scp": {row["utt"]: row["wav"] for row in rows},
+    }
+    for name, table in tables.items():
+        if table or name not in ("instruct", "spk2prompt"):
+            write_table(path / name, table)
+        else:
+            (path / name).unlink(missing_ok=True)

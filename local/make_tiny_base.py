@@ -4,8 +4,9 @@
     python local/make_tiny_base.py pretrained_models/tiny-cosyvoice2
 
 writes every file of CosyVoice2-0.5B under its name and in its format (CosyVoice-BlankEN/, llm.pt, flow.pt, hift.pt,
-campplus.onnx, speech_tokenizer_v2.onnx, cosyvoice2.yaml). It knows nothing of speech: it speaks noise by design. The
-two ONNX models are random projections, so that the same sound gives the same tokens and the same vector.
+campplus.onnx, speech_tokenizer_v2.onnx and its twin for batches, cosyvoice2.yaml). It knows nothing of speech: it
+speaks noise by design. The ONNX models are random projections, so that the same sound gives the same tokens and the
+same vector.
 """
 
 import json
@@ -207,8 +208,11 @@ def save_campplus(path: Path, rng: np.random.Generator) -> None:
     )
 
 
-def save_speech_tokenizer(path: Path, rng: np.random.Generator) -> None:
-    """feats (1, 128, T), feats_length (1,) -> indices (1, T/4): two strided convolutions, then 8 ternary digits."""
+def save_speech_tokenizers(folder: Path, rng: np.random.Generator) -> None:
+    """feats (B, 128, T), feats_length (B,) -> indices (B, T/4): two strided convolutions, then 8 ternary digits.
+
+    speech_tokenizer_v2.onnx has B = 1 and cuts the row at its length; the one for batches puts -1 behind the end.
+    """
 
     def kernel(n_out: int, n_in: int, gain: float) -> np.ndarray:
         w = rng.standard_normal((n_out, n_in, 3))
@@ -217,40 +221,52 @@ def save_speech_tokenizer(path: Path, rng: np.random.Generator) -> None:
 
     stride = {"kernel_shape": [3], "strides": [2], "pads": [1, 1]}
     one, two = np.array([1], np.int64), np.array([2], np.int64)
-    save_onnx(
-        path,
-        [
-            helper.make_node("Conv", ["feats", "w1"], ["h1"], **stride),
-            helper.make_node("Tanh", ["h1"], ["h2"]),
-            helper.make_node("Conv", ["h2", "w2"], ["h3"], **stride),
-            helper.make_node("Tanh", ["h3"], ["h4"]),
-            helper.make_node("Round", ["h4"], ["h5"]),
-            helper.make_node("Add", ["h5", "one_f"], ["digits"]),
-            helper.make_node("Mul", ["digits", "powers"], ["h6"]),
-            helper.make_node("ReduceSum", ["h6", "one"], ["codes"], keepdims=0),
-            helper.make_node("Cast", ["feats_length"], ["n"], to=TensorProto.INT64),
-            helper.make_node("Add", ["n", "one"], ["n1"]),
-            helper.make_node("Div", ["n1", "two"], ["n2"]),
-            helper.make_node("Add", ["n2", "one"], ["n3"]),
-            helper.make_node("Div", ["n3", "two"], ["n4"]),
-            helper.make_node("Slice", ["codes", "zero", "n4", "one"], ["kept"]),
-            helper.make_node("Cast", ["kept"], ["indices"], to=TensorProto.INT32),
-        ],
-        [
-            helper.make_tensor_value_info("feats", TensorProto.FLOAT, [1, 128, "T"]),
-            helper.make_tensor_value_info("feats_length", TensorProto.INT32, [1]),
-        ],
-        helper.make_tensor_value_info("indices", TensorProto.INT32, [1, "S"]),
-        {
-            "w1": kernel(64, 128, 8.0),
-            "w2": kernel(8, 64, 2.5),
-            "one_f": np.ones(1, np.float32),
-            "powers": (3.0 ** np.arange(8)).astype(np.float32)[:, None],
-            "zero": np.array([0], np.int64),
-            "one": one,
-            "two": two,
-        },
-    )
+    nodes = [
+        helper.make_node("Conv", ["feats", "w1"], ["h1"], **stride),
+        helper.make_node("Tanh", ["h1"], ["h2"]),
+        helper.make_node("Conv", ["h2", "w2"], ["h3"], **stride),
+        helper.make_node("Tanh", ["h3"], ["h4"]),
+        helper.make_node("Round", ["h4"], ["h5"]),
+        helper.make_node("Add", ["h5", "one_f"], ["digits"]),
+        helper.make_node("Mul", ["digits", "powers"], ["h6"]),
+        helper.make_node("ReduceSum", ["h6", "one"], ["codes"], keepdims=0),
+        helper.make_node("Cast", ["feats_length"], ["n"], to=TensorProto.INT64),
+        helper.make_node("Add", ["n", "one"], ["n1"]),
+        helper.make_node("Div", ["n1", "two"], ["n2"]),
+        helper.make_node("Add", ["n2", "one"], ["n3"]),
+        helper.make_node("Div", ["n3", "two"], ["n4"]),
+        helper.make_node("Cast", ["kept"], ["indices"], to=TensorProto.INT32),
+    ]
+    constants = {
+        "w1": kernel(64, 128, 8.0),
+        "w2": kernel(8, 64, 2.5),
+        "one_f": np.ones(1, np.float32),
+        "powers": (3.0 ** np.arange(8)).astype(np.float32)[:, None],
+        "one": one,
+        "two": two,
+    }
+    cut = [helper.make_node("Slice", ["codes", "zero", "n4", "one"], ["kept"])]
+    marked = [
+        helper.make_node("Shape", ["codes"], ["size"], start=1),
+        helper.make_node("Squeeze", ["size"], ["width"]),
+        helper.make_node("Range", ["first", "width", "step"], ["positions"]),
+        helper.make_node("Unsqueeze", ["n4", "one"], ["ends"]),
+        helper.make_node("Less", ["positions", "ends"], ["inside"]),
+        helper.make_node("Where", ["inside", "codes", "nothing"], ["kept"]),
+    ]
+    cut_with = {"zero": np.array([0], np.int64)}
+    marked_with = {"first": np.array(0), "step": np.array(1), "nothing": np.array([-1], np.float32)}
+    for name, batch, choice, more in (("v2", 1, cut, cut_with), ("v2.batch", "B", marked, marked_with)):
+        save_onnx(
+            folder / f"speech_tokenizer_{name}.onnx",
+            [*nodes[:-1], *choice, nodes[-1]],
+            [
+                helper.make_tensor_value_info("feats", TensorProto.FLOAT, [batch, 128, "T"]),
+                helper.make_tensor_value_info("feats_length", TensorProto.INT32, [batch]),
+            ],
+            helper.make_tensor_value_info("indices", TensorProto.INT32, [batch, "S"]),
+            constants | more,
+        )
 
 
 def build() -> dict[str, torch.nn.Module]:
@@ -285,7 +301,7 @@ def main() -> None:
             checkpoint.save(part / f"{name}.pt", model.state_dict())
         rng = np.random.default_rng(SEED)
         save_campplus(part / "campplus.onnx", rng)
-        save_speech_tokenizer(part / "speech_tokenizer_v2.onnx", rng)
+        save_speech_tokenizers(part, rng)
         (part / "cosyvoice2.yaml").write_text(MODEL_YAML, encoding="utf-8")
         part.rename(out)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for name, m in models.items())

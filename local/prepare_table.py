@@ -1,36 +1,44 @@
 #!/usr/bin/env python3
-"""Stage 0 for a corpus with a list of its texts: LJSpeech's metadata.csv, `id|text|normalised text`, and wavs/id.wav.
+"""Stage 0 for a corpus with a table of its texts: csv or tsv with a header row, jsonl, path|text lists, LJSpeech.
 
     python local/prepare_table.py data/ljspeech --conf conf/ljspeech.yaml --corpus.dir LJSpeech-1.1
 
-reads   corpus.dir: metadata.csv (the last column is the text) and wavs/ with .wav or .flac files
-writes  data/NAME/{train,dev}: wav.scp text utt2spk spk2utt utt2dur; data/NAME/rejected.tsv
+reads   corpus.dir and corpus.table, the file or files in it (default: the one that is recognised), UTF-8:
+        header    columns by name: audio (path, file, wav ...), text (transcription, sentence ...), speaker, id,
+                  instruct, ref_audio, split; separated by tab, comma, semicolon or |
+        jsonl     objects with the same names
+        list      path|text, path|speaker|text or path|speaker|language|text
+        ljspeech  metadata.csv: id|text or id|text|normalised text; corpus.format ljspeech reads any file so
+        sphinx    *.transcription: TEXT (id)
+writes  data/NAME/{train,dev}: wav.scp text utt2spk spk2utt utt2dur, instruct and spk2prompt where the table has them;
+        data/NAME/rejected.tsv
+
+A recording is looked for as its path stands, beside the table, in corpus.dir, and by its name anywhere below.
+What lies in dev, valid or test folders, tables or splits is held out.
 """
 
 from pathlib import Path
 
-from cosyvoice_ft import cli, conf, corpus
-from cosyvoice_ft.files import BadInput
+from cosyvoice_ft import cli, conf, corpus, layout
 
 
-def read_metadata(path: Path, speaker: str) -> list[corpus.Clip]:
-    """Return the clips of an LJSpeech metadata.csv. Raises BadInput naming file and line."""
-    try:
-        lines = corpus.read_text(path).splitlines()
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); corpus.format ljspeech needs this file") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8; convert it: iconv -f GB18030 -t UTF-8") from error
-    clips = []
-    for number, line in enumerate(lines, 1):
-        utt, *texts = line.split("|")
-        if not texts or not utt.strip():
-            raise BadInput(f"{path}:{number}: '{line[:60]}' is not 'id|text' or 'id|text|normalised text'")
-        wav = path.parent / "wavs" / f"{utt}.wav"
-        if not wav.exists() and wav.with_suffix(".flac").exists():
-            wav = wav.with_suffix(".flac")
-        clips.append(corpus.Clip(corpus.clip_id(Path(f"{utt}.wav")), wav, corpus.one_line(texts[-1]), speaker))
-    return clips
+def clips_of(table: Path, kind: str, sounds: layout.SoundIndex) -> list[corpus.Clip]:
+    """Return the clips that a table lists."""
+    rows = list(layout.read_rows(table, kind))
+    names = layout.at_home([row["audio"] for row in rows])
+    prompts = layout.at_home([row.get("ref_audio", "") for row in rows])
+    return [
+        corpus.Clip(
+            sounds.find(name, row["where"]),
+            row.get("text", ""),
+            utt=row.get("id", ""),
+            spk=row.get("speaker", ""),
+            dev=corpus.held_out(table.stem) or corpus.held_out(row.get("part", "")),
+            instruct=row.get("instruct", ""),
+            prompt=sounds.find(prompt, row["where"]) if prompt else None,
+        )
+        for row, name, prompt in zip(rows, names, prompts, strict=True)
+    ]
 
 
 def main() -> None:
@@ -38,10 +46,15 @@ def main() -> None:
     parser.add_argument("data_dir", type=Path)
     args, overrides = cli.parse_with_conf(parser)
     settings = conf.load_conf(args.conf, overrides)
-    if not settings["corpus"]["dir"]:
-        raise BadInput(f"corpus.dir: not set; say where the recordings are, in {args.conf} or by --corpus DIR")
-    clips = read_metadata(Path(settings["corpus"]["dir"]) / "metadata.csv", settings["corpus"]["speaker"])
-    print(corpus.prepare(clips, args.data_dir, settings["corpus"], settings["seed"], settings["nj"]))
+    folder, own = layout.corpus_folder(settings, args.conf), settings["corpus"]
+    ljspeech = own["format"] == "ljspeech"
+    tables = layout.named_tables(folder, own["table"] or ("metadata.csv" if ljspeech else None))
+    sounds = layout.SoundIndex(folder)
+    clips = [clip for table in tables for clip in clips_of(table, "metadata" if ljspeech else "", sounds)]
+    print(f"{folder}: {len(clips)} recordings in {', '.join(table.name for table in tables)}")
+    if unlisted := sorted(set(sounds.sounds) - {path for clip in clips for path in (clip.wav, clip.prompt)}):
+        print(f"  not in the table: {len(unlisted)} more below {folder}, the first: {unlisted[0]}")
+    print(corpus.prepare(clips, args.data_dir, settings))
 
 
 if __name__ == "__main__":

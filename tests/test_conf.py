@@ -21,7 +21,7 @@ def test_later_wins(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("train: {lr: 2.0e-5, llm: {max_epoch: 3}}\n")
     conf = load_conf(path, ["--train.lr", "3e-5", "--train.flow.lr=4e-5", "--corpus.dir", "a b"])
-    assert conf["name"] == "x" and conf["corpus"]["speaker"] == "x" and conf["corpus"]["dir"] == "a b"
+    assert conf["name"] == "x" and conf["corpus"]["speaker"] is None and conf["corpus"]["dir"] == "a b"
     llm, flow = training_settings(conf, "llm"), training_settings(conf, "flow")
     assert (llm["lr"], flow["lr"], llm["max_epoch"]) == (3e-5, 4e-5, 3)
     assert (

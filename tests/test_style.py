@@ -17,6 +17,7 @@ FLOORS = {
     "conf": {"files"},
     "device": {"files"},
     "jobs": {"files", "cli"},
+    "layout": {"files", "table"},
     "extractors": {"files", "audio"},
     "corpus": {"files", "audio", "table", "jobs"},
     "dataset": {"files", "shards"},

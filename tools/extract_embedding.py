@@ -6,16 +6,30 @@
 reads   DATA_DIR/wav.scp, DATA_DIR/utt2spk; pretrained_dir/campplus.onnx
 writes  DATA_DIR/utt2embedding.pt {utt: (192,) float32}
         DATA_DIR/spk2embedding.pt {spk: (192,) float32}, the mean over the speaker's utterances in all DATA_DIRs
+
+Goes on where it was ended, and does again what changed: recordings, or the model. Several processes share the work
+when each is told RANK (0, 1, ...) and WORLD_SIZE; the last to finish joins what all have done.
 """
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from cosyvoice_ft import cli, conf, device, jobs
-from cosyvoice_ft.extractors import SpeakerEncoder, load_for_extraction, save_archive
+from cosyvoice_ft import cli, conf, device, extraction
+from cosyvoice_ft.extractors import EMBEDDING_SIZE, SpeakerEncoder, save_archive
 from cosyvoice_ft.table import read_table
+
+
+def speaker_means(pairs: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return {spk: (192,) float32}, the mean of the vectors of each, from (spk, vector) pairs."""
+    sums, counts = {}, {}
+    for spk, vector in pairs:
+        sums[spk] = sums.get(spk, np.zeros(EMBEDDING_SIZE)) + vector
+        counts[spk] = counts.get(spk, 0) + 1
+    return {spk: (sums[spk] / counts[spk]).astype(np.float32) for spk in sums}
 
 
 def main() -> None:
@@ -26,32 +40,22 @@ def main() -> None:
     where = device.torch_device(settings["device"])
     providers = device.onnx_providers(where)
     print(device.describe(where, providers))
+    torch.set_num_threads(1)  # utterances run side by side instead
 
-    wavs = {folder: read_table(folder / "wav.scp") for folder in args.data_dir}
     spks = {folder: read_table(folder / "utt2spk") for folder in args.data_dir}
-    encoder = SpeakerEncoder(Path(settings["pretrained_dir"]) / "campplus.onnx", providers)
+    weights = Path(settings["pretrained_dir"]) / "campplus.onnx"
+    encoder = SpeakerEncoder(weights, providers, extraction.card(where))
+    works = extraction.extract(args.data_dir, "utt2embedding", encoder, weights, settings["nj"])
+    if works is None:
+        return
 
-    def vector(path: str) -> np.ndarray:
-        return encoder(load_for_extraction(path)[1])
-
-    paths = {utt: path for table in wavs.values() for utt, path in table.items()}
-    vectors, failed = jobs.for_each(vector, paths, what="speaker vectors", nj=settings["nj"])
-    jobs.settle(failed, len(paths), "utt2embedding.pt")
-
-    by_speaker: dict[str, list[np.ndarray]] = {}
-    for utt, spk in ((utt, spk) for table in spks.values() for utt, spk in table.items() if utt in vectors):
-        by_speaker.setdefault(spk, []).append(vectors[utt])
-    means = {spk: np.mean(members, axis=0) for spk, members in by_speaker.items()}
+    means = speaker_means((spks[work.folder][utt], vector) for work in works for utt, vector in work.done.items())
     for folder in args.data_dir:
-        save_archive(folder / "utt2embedding.pt", {utt: vectors[utt] for utt in wavs[folder] if utt in vectors})
-        save_archive(
-            folder / "spk2embedding.pt", {spk: means[spk] for spk in set(spks[folder].values()) if spk in means}
-        )
-    folders = " ".join(str(folder) for folder in args.data_dir)
+        own = sorted(means.keys() & spks[folder].values())
+        save_archive(folder / "spk2embedding.pt", {spk: means[spk] for spk in own})
     seconds = time.monotonic() - start
     print(
-        f"wrote utt2embedding.pt spk2embedding.pt in {folders}: {len(vectors)} of {len(paths)} utterances, "
-        f"{len(means)} speakers, {seconds:.1f} s"
+        f"wrote utt2embedding.pt spk2embedding.pt {extraction.summary(works)}, {len(means)} speakers, {seconds:.1f} s"
     )
 
 

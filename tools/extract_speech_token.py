@@ -3,18 +3,22 @@
 
     python tools/extract_speech_token.py data/demo/train data/demo/dev --conf conf/demo.yaml
 
-reads   DATA_DIR/wav.scp; pretrained_dir/speech_tokenizer_v2.onnx
+reads   DATA_DIR/wav.scp; pretrained_dir/speech_tokenizer_v2.onnx, and on a card, where it is there, its twin for
+        batches, speech_tokenizer_v2.batch.onnx
 writes  DATA_DIR/utt2speech_token.pt {utt: (S,) int16}, S = length of the wave padded to whole 40 ms
+
+Goes on where it was ended, and does again what changed: recordings, or the model. Several processes share the work
+when each is told RANK (0, 1, ...) and WORLD_SIZE; the last to finish joins what all have done.
 """
 
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from cosyvoice_ft import cli, conf, device, jobs
-from cosyvoice_ft.extractors import SpeechTokenizer, load_for_extraction, save_archive
-from cosyvoice_ft.table import read_table
+from cosyvoice_ft import cli, conf, device, extraction
+from cosyvoice_ft.extractors import CODEBOOK_SIZE, BatchSpeechTokenizer, SpeechTokenizer
 
 
 def main() -> None:
@@ -25,23 +29,25 @@ def main() -> None:
     where = device.torch_device(settings["device"])
     providers = device.onnx_providers(where)
     print(device.describe(where, providers))
+    torch.set_num_threads(1)  # utterances run side by side instead
 
-    wavs = {folder: read_table(folder / "wav.scp") for folder in args.data_dir}
-    tokenizer = SpeechTokenizer(Path(settings["pretrained_dir"]) / "speech_tokenizer_v2.onnx", providers)
+    weights = Path(settings["pretrained_dir"]) / "speech_tokenizer_v2.onnx"
+    batched = weights.with_suffix(".batch.onnx")
+    if where.type == "cuda" and batched.is_file():
+        tokenizer = BatchSpeechTokenizer(batched, providers, extraction.card(where))
+    else:
+        tokenizer = SpeechTokenizer(weights, providers, extraction.card(where))
+    works = extraction.extract(args.data_dir, "utt2speech_token", tokenizer, weights, settings["nj"])
+    if works is None:
+        return
 
-    def tokens_of(path: str) -> np.ndarray:
-        return tokenizer(load_for_extraction(path)[1])
-
-    paths = {utt: path for table in wavs.values() for utt, path in table.items()}
-    tokens, failed = jobs.for_each(tokens_of, paths, what="speech tokens", nj=settings["nj"])
-    jobs.settle(failed, len(paths), "utt2speech_token.pt")
-    for folder in args.data_dir:
-        save_archive(folder / "utt2speech_token.pt", {utt: tokens[utt] for utt in wavs[folder] if utt in tokens})
-    folders, seconds = " ".join(str(folder) for folder in args.data_dir), time.monotonic() - start
-    ids = np.concatenate(list(tokens.values()))
+    counts = np.zeros(CODEBOOK_SIZE, np.int64)
+    for tokens in (tokens for work in works for tokens in work.done.values()):
+        counts += np.bincount(tokens, minlength=CODEBOOK_SIZE)
+    seconds = time.monotonic() - start
     print(
-        f"wrote utt2speech_token.pt in {folders}: {len(tokens)} of {len(paths)} utterances, {len(ids)} tokens, "
-        f"{len(np.unique(ids))} different ones, {seconds:.1f} s"
+        f"wrote utt2speech_token.pt {extraction.summary(works)}, {counts.sum()} tokens, "
+        f"{np.count_nonzero(counts)} different ones, {seconds:.1f} s"
     )
 
 

@@ -10,105 +10,129 @@ writes  DATA_DIR/parquet/NNNNN.parquet (1,024 utterances each), DATA_DIR/parquet
 The text is normalised here as synthesis does it (text.frontend); up to 20 changed texts are shown.
 """
 
+import contextlib
 import shutil
 import time
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from cosyvoice_ft import audio, cli, conf, jobs, shards, text
+from cosyvoice_ft import audio, cli, conf, extraction, jobs, shards, text
 from cosyvoice_ft.extractors import load_archive, load_for_extraction
-from cosyvoice_ft.files import BadInput
+from cosyvoice_ft.files import BadInput, lock
 from cosyvoice_ft.table import read_table
 
-SHARD = 1024  # utterances
+TABLES = {"text": 0, "utt2spk": 0, "utt2embedding": 1, "utt2speech_token": 2}  # name: the stage that makes it
 SHOWN = 20
 MAX_TEXT_TOKENS = 200
 
 
-def read_dir(folder: Path) -> dict[str, dict]:
-    """Join the tables of a data directory: {utt: row without text_token and speech_feat}.
+class Packing:
+    """One data directory on its way to shards. lost: {utt: reason}, for a start those that a table lacks."""
 
-    Raises BadInput when a table lacks an utterance of wav.scp, naming it and the stage to run again.
-    """
-    tables = {name: read_table(folder / name) for name in ("wav.scp", "text", "utt2spk")}
-    archives = {1: load_archive(folder / "utt2embedding.pt"), 2: load_archive(folder / "utt2speech_token.pt")}
-    spk2embedding = load_archive(folder / "spk2embedding.pt")
-    for stage, table in [(0, tables["text"]), (0, tables["utt2spk"]), *archives.items()]:
-        missing = [utt for utt in tables["wav.scp"] if utt not in table]
-        if len(missing) > jobs.MAX_LOSS * len(tables["wav.scp"]):
-            raise BadInput(f"{folder}: {len(missing)} utterances of wav.scp are unknown to stage {stage}; run it again")
-        for utt in missing:
-            print(f"left out {utt}: stage {stage} did not make it")
-            del tables["wav.scp"][utt]
-    return {
-        utt: {
-            "utt": utt,
-            "spk": tables["utt2spk"][utt],
-            "wav": wav,
-            "raw": tables["text"][utt],
-            "speech_token": archives[2][utt],
-            "utt_embedding": archives[1][utt],
-            "spk_embedding": spk2embedding[tables["utt2spk"][utt]],
+    def __init__(self, folder: Path, tokenizer: text.Tokenizer, settings: Mapping) -> None:
+        self.folder, self.out, self.part = folder, folder / "parquet", folder / ".parquet.part"
+        self.tokenizer, self.settings, self.frontend = tokenizer, settings, settings["text"]["frontend"]
+        self.wavs, self.spks = read_table(folder / "wav.scp"), load_archive(folder / "spk2embedding.pt")
+        self.tables, self.made_from = {}, {}
+        for name, stage in TABLES.items():
+            self.tables[name] = load_archive(folder / f"{name}.pt") if stage else read_table(folder / name)
+            if stage and (prints := folder / f"{name}.fingerprints").exists():
+                self.made_from[stage] = read_table(prints)
+        self.lost, self.normalised = {}, []
+        for utt in self.wavs:
+            if lacking := next((name for name, table in self.tables.items() if utt not in table), None):
+                self.lost[utt] = f"{folder / lacking} lacks it; run stage {TABLES[lacking]} again"
+            elif (spk := self.tables["utt2spk"][utt]) not in self.spks:
+                self.lost[utt] = f"{folder / 'spk2embedding.pt'} lacks its speaker {spk}; run stage 1 again"
+
+    def write(self) -> None:
+        """Write the shards beside their place."""
+        shutil.rmtree(self.part, ignore_errors=True)
+        metadata = {
+            "tokenizer": self.tokenizer.fingerprint,
+            "text_frontend": self.frontend,
+            "model": self.settings["model"],
         }
-        for utt, wav in tables["wav.scp"].items()
-    }
+        self.shards = shards.write_shards(self.part, self.rows(), metadata)
 
+    def rows(self) -> Iterator[dict]:
+        """Yield what can be trained on, in the order of wav.scp."""
+        utts = [utt for utt in self.wavs if utt not in self.lost]
+        done = jobs.in_order(self.row, utts, self.settings["nj"])
+        for utt, row in cli.progress(done, len(utts), str(self.out)):
+            if isinstance(row, BadInput):
+                self.lost[utt] = str(row)
+                continue
+            if row["text"] != self.tables["text"][utt]:
+                self.normalised.append(utt)
+                if len(self.normalised) <= SHOWN:
+                    print(f"  {utt}: {self.tables['text'][utt]}\n  {' ' * len(utt)}> {row['text']}")
+            yield row
 
-def finished(row: dict, tokenizer: text.Tokenizer, frontend: str) -> dict:
-    """Add text, text_token and speech_feat to a row. Raises BadInput when the utterance cannot be trained on."""
-    spoken = text.normalize(row["raw"], frontend)
-    ids = np.array(tokenizer.encode(spoken), dtype=np.int32)
-    if not 1 <= len(ids) <= MAX_TEXT_TOKENS:
-        raise BadInput(f"{len(ids)} text tokens; an utterance has 1 to {MAX_TEXT_TOKENS}")
-    feat = audio.log_mel(load_for_extraction(row["wav"])[0]).numpy().astype(np.float16)
-    if len(feat) != audio.MEL_PER_TOKEN * len(row["speech_token"]):
-        raise BadInput(
-            f"{len(feat)} mel frames for {len(row['speech_token'])} tokens: the recording changed, run stage 2"
+    def row(self, utt: str) -> dict:
+        """Return an utterance as shards keep it. Raises BadInput when it cannot be trained on."""
+        wav, tokens, spk = self.wavs[utt], self.tables["utt2speech_token"][utt], self.tables["utt2spk"][utt]
+        spoken = text.normalize(self.tables["text"][utt], self.frontend)
+        ids = np.array(self.tokenizer.encode(spoken), dtype=np.int32)
+        if not 1 <= len(ids) <= MAX_TEXT_TOKENS:
+            raise BadInput(f"{len(ids)} text tokens; an utterance has 1 to {MAX_TEXT_TOKENS}")
+        changed = [stage for stage, prints in self.made_from.items() if extraction.has_changed(wav, prints.get(utt))]
+        feat = audio.log_mel(load_for_extraction(wav)[0]).numpy().astype(np.float16)  # (T, 80)
+        if changed or len(feat) != audio.MEL_PER_TOKEN * len(tokens):
+            found = f"{len(feat)} mel frames for {len(tokens)} tokens"
+            raise BadInput(f"{wav}: {found}: the recording changed, run stage {changed[0] if changed else 2} again")
+        return {
+            "utt": utt,
+            "spk": spk,
+            "text": spoken,
+            "text_token": ids,
+            "speech_token": tokens,
+            "utt_embedding": self.tables["utt2embedding"][utt],
+            "spk_embedding": self.spks[spk],
+            "speech_feat": feat,
+        }
+
+    def put(self) -> str:
+        """Put the shards in their place; return the summary."""
+        old = self.folder / ".parquet.old.part"
+        shutil.rmtree(old, ignore_errors=True)
+        if self.out.exists():
+            self.out.rename(old)
+        self.part.rename(self.out)
+        shutil.rmtree(old, ignore_errors=True)
+        size = sum(path.stat().st_size for path in self.out.iterdir()) / 1e6
+        return (
+            f"wrote {self.out}: {len(self.wavs) - len(self.lost)} of {len(self.wavs)} utterances, {len(self.shards)} "
+            f"shards, {size:.1f} MB, {len(self.normalised)} texts changed by {self.frontend}"
         )
-    return row | {"text": spoken, "text_token": ids, "speech_feat": feat}
-
-
-def pack(folder: Path, tokenizer: text.Tokenizer, settings: dict) -> str:
-    """Write the shards of one data directory; return its summary."""
-    rows, frontend = read_dir(folder), settings["text"]["frontend"]
-    out, part = folder / "parquet", folder / ".parquet.part"
-    shutil.rmtree(part, ignore_errors=True)
-    metadata = {"tokenizer": tokenizer.fingerprint, "text_frontend": frontend, "model": settings["model"]}
-    paths, failed, changed = [], {}, []
-    utts = list(rows)
-    for start in range(0, len(utts), SHARD):
-        group = {utt: rows[utt] for utt in utts[start : start + SHARD]}
-        work = partial(finished, tokenizer=tokenizer, frontend=frontend)
-        done, lost = jobs.for_each(work, group, what=f"{folder} {start}", nj=settings["nj"])
-        failed |= lost
-        changed += [row for row in done.values() if row["text"] != row["raw"]]
-        if done:
-            paths.append(part / f"{len(paths):05d}.parquet")
-            shards.write_shard(paths[-1], list(done.values()), metadata)
-    jobs.settle(failed, len(rows), out)
-    shards.write_data_list(part / "data.list", paths)
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
-    for row in changed[:SHOWN]:
-        print(f"  {row['utt']}: {row['raw']}\n  {' ' * len(row['utt'])}> {row['text']}")
-    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
-    return (
-        f"wrote {out}: {len(rows) - len(failed)} of {len(rows)} utterances, {len(paths)} shards, {size:.1f} MB, "
-        f"{len(changed)} texts changed by {frontend}"
-    )
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("data_dir", type=Path, nargs="+")
     args, overrides = cli.parse_with_conf(parser)
-    settings = conf.load_conf(args.conf, overrides)
+    settings, start = conf.load_conf(args.conf, overrides), time.monotonic()
+    torch.set_num_threads(1)  # utterances run side by side instead
     tokenizer = text.Tokenizer(settings["pretrained_dir"])
-    for folder in args.data_dir:
-        start = time.monotonic()
-        print(f"{pack(folder, tokenizer, settings)}, {time.monotonic() - start:.1f} s")
+    packings = [Packing(folder, tokenizer, settings) for folder in args.data_dir]
+    total, names = sum(len(packing.wavs) for packing in packings), " ".join(str(packing.out) for packing in packings)
+
+    def lost() -> dict[str, str]:
+        return {utt: reason for packing in packings for utt, reason in packing.lost.items()}
+
+    with contextlib.ExitStack() as stack:
+        for packing in packings:
+            stack.enter_context(lock(packing.folder))
+        if len(lost()) > jobs.MAX_LOSS * total:  # stop now, not after hours
+            jobs.settle(lost(), total, names)
+        for packing in packings:
+            packing.write()
+        jobs.settle(lost(), total, names)
+        for packing in packings:
+            print(f"{packing.put()}, {time.monotonic() - start:.1f} s")
 
 
 if __name__ == "__main__":

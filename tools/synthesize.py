@@ -2,54 +2,122 @@
 """Stage 7: speak texts with a model directory.
 
     python tools/synthesize.py exp/demo/model local/demo/speak.txt exp/demo/synth --conf conf/demo.yaml
+    python tools/synthesize.py exp/demo/model sentences.txt out --mode zero-shot --prompt clip.wav --prompt_text "..."
+    python tools/synthesize.py exp/demo/model data/demo/dev out --tokens        # copy-synthesis: no language model
 
-reads   MODEL_DIR (stage 6), TEXTS: one sentence a line, or tts_text.json: {"speaker": ["sentence", ...]}
-writes  OUT_DIR/wav/*.wav (24 kHz), and wav.scp text utt2spk spk2utt utt2dur: a data directory again
+reads   MODEL_DIR (stage 6); TEXTS: one sentence a line, or tts_text.json: speaker -> mode -> sentences; with --tokens
+        a data directory, whose natural speech tokens are spoken
+writes  OUT_DIR/wav/*.wav (24 kHz); wav.scp text utt2spk spk2utt utt2dur: a data directory again; synth.json
+
+--model base speaks the same with the untouched base (pretrained_dir), in the voices of MODEL_DIR.
 """
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
 
-from cosyvoice_ft import audio, cli, conf, device
-from cosyvoice_ft.files import BadInput
-from cosyvoice_ft.synthesis import Synthesizer
-from cosyvoice_ft.table import write_data_dir
+import torch
+
+from cosyvoice_ft import audio, cli, conf, device, text
+from cosyvoice_ft.extractors import SpeakerEncoder, SpeechTokenizer, load_archive, load_for_extraction
+from cosyvoice_ft.files import BadInput, whole
+from cosyvoice_ft.synthesis import Sentence, Spoken, Synthesizer, Voice, with_prompt
+from cosyvoice_ft.table import read_table, write_data_dir
+from cosyvoice_ft.texts import MODES, Line, read_texts
 
 
-def read_texts(path: Path) -> list[tuple[str | None, str]]:
-    """Return (speaker or None, sentence) of each line, or of each entry of a json.
-
-    Raises BadInput naming file and line.
-    """
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); give a file with one sentence a line") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8; convert it: iconv -f GB18030 -t UTF-8") from error
-    if path.suffix == ".json":
-        pairs = from_json(path, content)
-    else:
-        pairs = [(None, line.strip()) for line in content.splitlines() if line.strip()]
-    if not pairs:
-        raise BadInput(f"{path}: no sentences; write one a line")
-    return pairs
+def prompt_voice(clip: Path, transcript: str, synthesizer: Synthesizer, model_dir: Path, settings: dict) -> Voice:
+    """Return the voice of a recording."""
+    providers = device.onnx_providers(synthesizer.device)
+    wav24, wav16 = load_for_extraction(clip)
+    vector = SpeakerEncoder(model_dir / "campplus.onnx", providers)(wav16)
+    tokens = SpeechTokenizer(model_dir / "speech_tokenizer_v2.onnx", providers)(wav16)
+    ids = synthesizer.tokenizer.encode(text.normalize(transcript, settings["text"]["frontend"]))
+    return with_prompt(Voice(torch.from_numpy(vector)[None]), wav24, tokens, ids)
 
 
-def from_json(path: Path, content: str) -> list[tuple[str, str]]:
-    try:
-        data = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path}:{error.lineno}: not valid json: {error.msg}") from error
-    shape = 'a tts_text.json is {"speaker": ["sentence", ...], ...}'
-    if not isinstance(data, dict):
-        raise BadInput(f"{path}: {shape}")
-    for spk, sentences in data.items():
-        if not isinstance(sentences, list) or not all(isinstance(s, str) and s.strip() for s in sentences):
-            raise BadInput(f"{path}: '{spk}': {shape}")
-    return [(spk, sentence) for spk, sentences in data.items() for sentence in sentences]
+def sentences_of(lines: list[Line], synthesizer: Synthesizer, prompt: tuple[str, Voice] | None, settings: dict):
+    """Return the sentences and the speaker of each. Raises BadInput for an unknown speaker or a missing prompt."""
+    sentences, speakers, counts = [], {}, {}
+    for line in lines:
+        spk, voice = prompt or synthesizer.voice(line.spk or settings["synth"]["speaker"])
+        if line.mode != "sft" and not len(voice.prompt_token):
+            raise BadInput(
+                f"speaker '{spk}' has no prompt for mode {line.mode}; give one: --prompt CLIP --prompt_text TEXT"
+            )
+        if line.mode == "zero_shot" and not voice.prompt_text:
+            raise BadInput(f"mode zero_shot needs what the prompt of '{spk}' says: --prompt_text TEXT")
+        number = counts[spk, line.mode] = counts.get((spk, line.mode), 0) + 1
+        utt = f"{spk}_{line.mode}_{number:03d}"
+        speakers[utt] = spk
+        sentences.append(Sentence(utt, line.text, voice, line.mode, line.instruction, settings["seed"]))
+    return sentences, speakers
+
+
+def natural_sentences(data: Path, settings: dict) -> tuple[list[Sentence], dict[str, str]]:
+    """Return the utterances of a data directory, to be spoken from their own tokens and vectors."""
+    tokens, vectors = load_archive(data / "utt2speech_token.pt"), load_archive(data / "utt2embedding.pt")
+    texts, spks = read_table(data / "text"), read_table(data / "utt2spk")
+    utts = [utt for utt in read_table(data / "wav.scp") if utt in tokens and utt in vectors]
+    return [
+        Sentence(utt, texts[utt], Voice(torch.from_numpy(vectors[utt].copy())[None]), "sft", "", settings["seed"],
+                 tokens[utt].tolist())
+        for utt in utts
+    ], {utt: spks[utt] for utt in utts}  # fmt: skip
+
+
+def fact(spoken: Spoken) -> dict:
+    """Return what synth.json says of a sentence."""
+    sentence = spoken.sentence
+    return {
+        "utt": sentence.utt,
+        "mode": "tokens" if sentence.tokens is not None else sentence.mode,
+        "text": sentence.text,
+        "seconds": round(len(spoken.wav) / audio.SAMPLE_RATE, 3),
+        "tokens": spoken.tokens,
+        "ended": spoken.ended,
+        "retried": spoken.retried,
+    }
+
+
+def speak_all(synthesizer: Synthesizer, sentences: list[Sentence], speakers: dict, out: Path, suffix: str, batch: int):
+    """Speak and save; return the rows of the data directory and the facts of each sentence."""
+    rows, facts = [], []
+    for spoken in cli.progress(synthesizer.speak(sentences, batch), len(sentences), "speaking", "sentence"):
+        utt = spoken.sentence.utt
+        facts.append(fact(spoken))
+        if not len(spoken.wav):
+            print(f"left out {utt}: nothing was spoken for '{spoken.sentence.text}'", file=sys.stderr)
+            continue
+        wav = out / "wav" / f"{utt}.{suffix}"
+        audio.save_wav(wav, spoken.wav, audio.SAMPLE_RATE)
+        row = {"utt": utt, "wav": wav, "text": spoken.sentence.text, "spk": speakers[utt]}
+        rows.append(row | {"seconds": len(spoken.wav) / audio.SAMPLE_RATE})
+    return rows, sorted(facts, key=lambda known: known["utt"])
+
+
+def write_summary(out: Path, facts: list[dict], spent: float, where: torch.device) -> str:
+    """Write synth.json and return the line that sums it up."""
+    seconds, tokens = sum(known["seconds"] for known in facts), sum(known["tokens"] for known in facts)
+    peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
+    total = {
+        "sentences": len(facts),
+        "seconds": round(seconds, 2),
+        "seconds_spent": round(spent, 2),
+        "real_time_factor": round(spent / max(seconds, 1e-9), 3),
+        "tokens_per_second": round(tokens / max(spent, 1e-9), 1),
+        "memory_gb": round((peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9, 2),
+    }
+    with whole(out / "synth.json") as part:
+        part.write_text(
+            json.dumps({"total": total, "sentences": facts}, ensure_ascii=False, indent=1), encoding="utf-8"
+        )
+    return (
+        f"{seconds:.1f} s of speech in {spent:.1f} s, real-time factor {total['real_time_factor']:.2f}, "
+        f"{total['tokens_per_second']:.0f} tokens/s, {total['memory_gb']} GB"
+    )
 
 
 def main() -> None:
@@ -57,39 +125,44 @@ def main() -> None:
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("texts", type=Path)
     parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--mode", choices=sorted(MODES), default="sft", help="of a text file (default sft)")
+    parser.add_argument("--spk", help="speaker of MODEL_DIR/spk2info.pt; default synth.speaker")
+    parser.add_argument("--prompt", type=Path, metavar="CLIP", help="speak in the voice of this recording")
+    parser.add_argument("--prompt_text", default="", help="what the recording says (mode zero-shot)")
+    parser.add_argument("--model", choices=["tuned", "base"], default="tuned", help="base: with the base's networks")
+    parser.add_argument("--tokens", action="store_true", help="TEXTS is a data directory; speak its natural tokens")
+    parser.add_argument("--format", choices=["wav", "flac"], default="wav")
     args, overrides = cli.parse_with_conf(parser)
     settings = conf.load_conf(args.conf, overrides)
+    settings["synth"]["speaker"] = args.spk or settings["synth"]["speaker"]
     where = device.torch_device(settings["device"])
     print(device.describe(where))
-    pairs = read_texts(args.texts)
-    synthesizer = Synthesizer(args.model_dir, settings, where)
-    pairs = [(synthesizer.speaker(spk or settings["synth"]["speaker"]), sentence) for spk, sentence in pairs]
 
-    rows, failed, unended, start = [], [], [], time.monotonic()
-    for number, (spk, sentence) in enumerate(cli.progress(pairs, len(pairs), "speaking", "sentence"), 1):
-        utt = f"{spk}_{number:03d}"
-        try:
-            spoken = synthesizer.speak(sentence, spk, settings["seed"])
-            wav = args.out_dir / "wav" / f"{utt}.wav"
-            audio.save_wav(wav, spoken.wav, audio.SAMPLE_RATE)
-        except BadInput as error:
-            failed.append(utt)
-            print(f"left out {utt}: {error}", file=sys.stderr)
-            continue
-        unended += [] if spoken.ended else [utt]
-        seconds = len(spoken.wav) / audio.SAMPLE_RATE
-        rows.append({"utt": utt, "wav": wav, "text": sentence, "spk": spk, "seconds": seconds})
-    spent = time.monotonic() - start
+    lines = [] if args.tokens else read_texts(args.texts, MODES[args.mode])
+    synthesizer = Synthesizer(args.model_dir, settings, where)
+    if args.model == "base":
+        voices = synthesizer.voices
+        synthesizer = Synthesizer(Path(settings["pretrained_dir"]), settings, where)
+        synthesizer.voices = voices
+    prompt = None
+    if args.prompt:
+        voice = prompt_voice(args.prompt, args.prompt_text, synthesizer, args.model_dir, settings)
+        prompt = (args.spk or args.prompt.stem.replace(" ", "_"), voice)
+    if args.tokens:
+        sentences, speakers = natural_sentences(args.texts, settings)
+    else:
+        sentences, speakers = sentences_of(lines, synthesizer, prompt, settings)
+
+    start = time.monotonic()
+    rows, facts = speak_all(synthesizer, sentences, speakers, args.out_dir, args.format, settings["synth"]["batch"])
     if rows:
         write_data_dir(args.out_dir, rows)
-    seconds = sum(row["seconds"] for row in rows)
-    if unended:
-        ratio = settings["llm"]["max_token_text_ratio"]
-        print(f"did not end by themselves within {ratio:g} tokens a text token: {' '.join(unended)}")
-    print(
-        f"wrote {args.out_dir}: {len(rows)} of {len(pairs)} sentences, {seconds:.1f} s of speech in {spent:.1f} s, "
-        f"real-time factor {spent / max(seconds, 1e-9):.2f}"
-    )
+    said = write_summary(args.out_dir, facts, time.monotonic() - start, where)
+    unended = [known["utt"] for known in facts if not known["ended"]]
+    if unended and not args.tokens:
+        print(f"did not end by themselves, tried twice: {' '.join(unended)}")
+    print(f"wrote {args.out_dir}: {len(rows)} of {len(sentences)} sentences, {said}")
+    failed = sorted(set(speakers) - {row["utt"] for row in rows})
     if failed:
         raise BadInput(f"{len(failed)} sentences could not be spoken: {' '.join(failed)}; the lines above say why")
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice_ft.models.qwen2 import Cache, Qwen2ForCausalLM, Rows, sizes_of
 
@@ -136,6 +137,35 @@ def smoothed_loss(logits: Tensor, target: Tensor, lsm_weight: float) -> Tensor:
     return cross - entropy * len(target)
 
 
+@dataclass
+class Request:
+    """One text to be decoded. `sample(log_probs (V,), decoded)` chooses the next id.
+
+    At least `min_token_text_ratio` speech tokens a text token, at most `max_token_text_ratio`; the ratios count the
+    text to speak, not the prompt's. (The minimum keeps eos away and leaves the other stop ids, as the reference does.)
+    """
+
+    text: Sequence[int]
+    sample: Sampler
+    prompt_text: Sequence[int] = ()
+    prompt_speech: Sequence[int] = ()
+    min_token_text_ratio: float = 2
+    max_token_text_ratio: float = 20
+
+    def pieces(self) -> list[tuple[int, Sequence[int]]]:
+        text = (TEXT, [*self.prompt_text, *self.text])
+        return [(SPECIAL, [SOS]), text, (SPECIAL, [TASK]), (SPEECH, [*self.prompt_speech])]
+
+    def next_token(self, scores: Tensor, decoded: Sequence[int], layout: Layout) -> int | None:
+        """Return the next speech token, None at the end."""
+        if len(decoded) >= int(len(self.text) * self.max_token_text_ratio):
+            return None
+        if len(decoded) < int(len(self.text) * self.min_token_text_ratio):
+            scores[layout.eos] = -torch.inf
+        token = self.sample(scores, decoded)
+        return None if token in layout.stop else token
+
+
 class Qwen2Encoder(nn.Module):
     """Holds Qwen2 under the published name `llm.model`."""
 
@@ -225,33 +255,41 @@ class Qwen2LM(nn.Module):
         index = torch.tensor([[i for _, ids in pieces for i in ids]], device=device)
         return self.embed(kind, index)
 
-    @torch.inference_mode()
-    def decode(
-        self,
-        text: Sequence[int],
-        *,
-        sample: Sampler,
-        prompt_text: Sequence[int] = (),
-        prompt_speech: Sequence[int] = (),
-        min_token_text_ratio: float = 2,
-        max_token_text_ratio: float = 20,
-    ) -> Iterator[int]:
-        """Yield speech tokens for `text` until a stop id, or for `max_token_text_ratio` tokens a text token.
-
-        `sample(log_probs (V,), decoded)` chooses the next id. The ratios count the text to speak, not the prompt's.
-        """
-        eos, decoded, cache = self.layout.eos, [], Cache()
-        pending = [(SPECIAL, [SOS]), (TEXT, [*prompt_text, *text]), (SPECIAL, [TASK]), (SPEECH, [*prompt_speech])]
-        for i in range(int(len(text) * max_token_text_ratio)):
-            scores = self.log_probs(self.look_up(pending), cache)[0]
-            if i < int(len(text) * min_token_text_ratio):
-                scores[eos] = -torch.inf
-            token = sample(scores, decoded)
-            if token in self.layout.stop:
-                return
+    def decode(self, text: Sequence[int], **options) -> Iterator[int]:
+        """Yield the speech tokens of one `Request(text, **options)`, see there."""
+        for _, token in self.decode_rows([Request(text, **options)]):
             yield token
-            decoded.append(token)
-            pending = [(SPEECH, [token])]
+
+    @torch.inference_mode()
+    def decode_rows(self, requests: Sequence[Request]) -> Iterator[tuple[int, int]]:
+        """Yield (number of the request, speech token) as they are decoded, all requests side by side.
+
+        A row ends at a stop id, or at its maximum; the rows that remain go on without it.
+        """
+        if not requests:
+            return
+        device = self.llm_decoder.weight.device
+        starts = [self.look_up(request.pieces()) for request in requests]
+        lengths = torch.tensor([start.shape[1] for start in starts], device=device)
+        xs = pad_sequence([start[0] for start in starts], batch_first=True)  # (B, L, D)
+        cache, alive, decoded = Cache(), list(range(len(requests))), [[] for _ in requests]
+        cache.feed(*xs.shape[:2], device, lengths)
+        states = self.llm.model.model(xs, cache)[torch.arange(len(alive), device=device), lengths - 1]  # (B, D)
+        while alive:
+            scores = self.llm_decoder(states).float().log_softmax(-1).cpu()  # (B, V)
+            going = []
+            for row, number in enumerate(alive):
+                token = requests[number].next_token(scores[row], decoded[number], self.layout)
+                if token is not None:
+                    yield number, token
+                    decoded[number].append(token)
+                    going.append(row)
+            if len(going) < len(alive):
+                alive = [alive[row] for row in going]
+                cache.keep(torch.tensor(going, dtype=torch.long, device=device))
+            if alive:
+                last = torch.tensor([[decoded[number][-1]] for number in alive], device=device)
+                states = self.hidden(self.speech_embedding(last), cache)[:, -1]
 
     @torch.inference_mode()
     def decode_stream(
