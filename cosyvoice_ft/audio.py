@@ -11,6 +11,7 @@ Tokens of the wave as recorded and the mel of the padded one disagree by 2 frame
 wav: float32 tensor (T,) in [-1, 1], one channel. Constants of the signal path are made on first use, kept per device.
 """
 
+import io
 import math
 import re
 import shlex
@@ -18,6 +19,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
 from torch import Tensor
@@ -72,14 +74,15 @@ def load_wav(path: str | Path, sample_rate: int | None = None) -> Tensor:
         except soundfile.LibsndfileError as error:
             reason = f"decoding fails{error.error_string and f' ({error.error_string})'}"
             raise BadSound(path, "truncated", reason, "copy or record it again") from error
-        promised, wav, source_rate = sound.frames, torch.from_numpy(samples).mean(dim=1), sound.samplerate
+        promised, wav, source_rate = sound.frames, samples.mean(axis=1), sound.samplerate
         slack = MPEG_SLACK + promised // 100 if sound.format == "MP3" else 0
     if len(wav) < promised - slack:
         raise BadSound(path, "truncated", f"{len(wav)} of {promised} samples can be decoded", "copy the file again")
-    if not wav.isfinite().all():
+    if not np.isfinite(wav).all():
         raise BadSound(path, "undecodable", "holds samples that are not numbers (NaN or infinite)", "write it again")
-    wav = resample(wav, source_rate, sample_rate or source_rate)
-    return wav / wav.abs().max().clamp(min=1.0)
+    wav = resample(torch.from_numpy(wav), source_rate, sample_rate or source_rate)
+    peak = float(np.abs(wav.numpy()).max())
+    return wav / peak if peak > 1 else wav
 
 
 def duration(path: str | Path) -> tuple[float, int]:
@@ -97,7 +100,7 @@ def _open(path: str | Path) -> soundfile.SoundFile:
             raise BadSound(path, "undecodable", "is a directory", "give a sound file (wav, flac, ogg, mp3)")
         if path.stat().st_size == 0:
             raise BadSound(path, "undecodable", "the file is empty (0 bytes)", "copy it again")
-        missing = _missing_bytes(path)
+        cut = _cut_off(path)
         sound = soundfile.SoundFile(path)
     except FileNotFoundError as error:
         raise BadSound(path, "missing", "does not exist", "give a sound file (wav, flac, ogg, mp3)") from error
@@ -108,8 +111,8 @@ def _open(path: str | Path) -> soundfile.SoundFile:
         raise BadSound(path, "undecodable", f"not a sound file that can be decoded ({reason})", cure) from error
     rate, samples = sound.samplerate, sound.frames
     common = math.gcd(rate, SAMPLE_RATE)
-    if missing > 0:
-        problem = "truncated", f"{missing} bytes fewer than its header says", "copy the file again"
+    if cut:
+        problem = "truncated", cut, "copy the file again"
     elif samples == 0:
         problem = "undecodable", "holds no samples", "record it again or leave it out"
     elif samples == sys.maxsize:
@@ -124,30 +127,31 @@ def _open(path: str | Path) -> soundfile.SoundFile:
     raise BadSound(path, *problem)
 
 
-def _missing_bytes(path: Path) -> int:
-    """Return how many bytes of sound the header of a WAV or NIST file promises beyond the file's end.
+def _cut_off(path: Path) -> str:
+    """Return what tells that a file ends early though libsndfile reads it as whole, "" when nothing does.
 
-    libsndfile hides such a cut, and one of an Ogg file whose last page does not say that it is the last (here: 1).
+    The headers of WAV and NIST give the bytes of the sound; the last page of an Ogg file says that it is the last.
     """
-    size = path.stat().st_size
+    size, promised = path.stat().st_size, 0
     with open(path, "rb") as file:
         head = file.read(1024)
-        if head.startswith(b"NIST_1A") and b"-s3 pcm" in head:
-            fields = {key: int(value) for key, value in re.findall(rb"(\w+) -i (\d+)", head)}
-            samples = fields.get(b"sample_count", 0) * fields.get(b"channel_count", 1)
-            return int(head[8:16]) + samples * fields.get(b"sample_n_bytes", 2) - size
         if head.startswith(b"OggS"):
             file.seek(max(0, size - 2**16))
-            tail = file.read()
-            return int(not tail[tail.rfind(b"OggS") + 5] & 4)
-        if head.startswith(b"RIFF"):
+            page = file.read().rpartition(b"OggS")[2]  # version, flags, 20 bytes, number of segments, their sizes
+            last = len(page) > 22 and page[1] & 4 and len(page) >= 23 + page[22] + sum(page[23 : 23 + page[22]])
+            return "" if last else "its last page is not whole"
+        if (nist := re.match(rb"NIST_1A\s+(\d+)", head)) and b"-s3 pcm" in head:
+            fields = {key: int(value) for key, value in re.findall(rb"(\w+) -i (\d+)", head)}
+            samples = fields.get(b"sample_count", 0) * fields.get(b"channel_count", 1)
+            promised = int(nist[1]) + samples * fields.get(b"sample_n_bytes", 2)
+        elif head.startswith(b"RIFF"):
             file.seek(12)
-            while len(chunk := file.read(8)) == 8:
+            while len(chunk := file.read(8)) == 8 and not promised:
                 length = int.from_bytes(chunk[4:], "little")
-                if chunk[:4] == b"data":
-                    return 0 if length >= UNKNOWN_SIZE else file.tell() + length - size
+                if chunk[:4] == b"data" and length < UNKNOWN_SIZE:
+                    promised = file.tell() + length
                 file.seek(length + length % 2, 1)
-    return 0
+    return f"{promised - size} bytes fewer than its header says" if promised > size else ""
 
 
 def save_wav(path: str | Path, wav: Tensor, sample_rate: int) -> None:
@@ -160,9 +164,10 @@ def save_wav(path: str | Path, wav: Tensor, sample_rate: int) -> None:
         raise BadInput(f"{path}: cannot write '{path.suffix}'; name it {' or '.join('*' + name for name in FORMATS)}")
     if not wav.isfinite().all():
         raise ValueError(f"{path}: the wave holds NaN or infinite samples")
-    samples = wav.detach().cpu().clamp(-1.0, 1.0).numpy()
-    with whole(path) as part, open(part, "wb") as file:
-        soundfile.write(file, samples, sample_rate, format=FORMATS[path.suffix.lower()], subtype="PCM_16")
+    samples, encoded = wav.detach().cpu().clamp(-1.0, 1.0).numpy(), io.BytesIO()
+    soundfile.write(encoded, samples, sample_rate, format=FORMATS[path.suffix.lower()], subtype="PCM_16")
+    with whole(path) as part:
+        part.write_bytes(encoded.getbuffer())  # libsndfile itself hides a full disk
 
 
 def resample(wav: Tensor, source_rate: int, target_rate: int) -> Tensor:

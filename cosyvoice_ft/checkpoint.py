@@ -71,7 +71,7 @@ def best_epochs(folder: str | Path, num: int) -> list[int]:
 
 
 def average(paths: Sequence[str | Path]) -> dict[str, Tensor]:
-    """Return the mean of each tensor over the files, summed in float64; integer tensors keep the first file's value.
+    """Return the mean of each tensor over the files, in its own dtype; integer tensors keep the first file's value.
 
     Tied tensors stay tied. Raises BadInput when names differ.
     """
@@ -85,6 +85,6 @@ def average(paths: Sequence[str | Path]) -> dict[str, Tensor]:
         if storage not in done:
             done[storage] = first
             if first.is_floating_point():
-                done[storage] = sum(weights[name].double() for weights in files).div_(len(files)).to(first.dtype)
+                done[storage] = sum(weights[name] for weights in files) / len(files)
         means[name] = done[storage]
     return means

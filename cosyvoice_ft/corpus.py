@@ -50,7 +50,7 @@ FRAME = 0.02  # seconds: silence is counted in these
 SILENCE = 0.01  # of the loudest frame: 40 dB below it
 LOUDEST = 0.95  # the peak that corpus.level never exceeds
 HELD_OUT = {"dev", "valid", "validation", "val", "test", "eval"}  # as a word in the name of a folder or of a table
-NO_SPEAKER = re.compile(r"(wav|flac|mp3|ogg|audio|clip|recording|sound|voice)s?\d*|train\b.*", re.IGNORECASE)
+NO_SPEAKER = re.compile(r"(wav|flac|mp3|ogg|audio|clip|recording|sound|voice)s?\d*|train([-_. ].*)?", re.IGNORECASE)
 PLACEHOLDER = re.compile(r"\{[^{}]*\}|<\w+=[^<>]*>|%[sd]\b|</?s>|<unk>")
 CHINESE = re.compile("[々〇\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
 SHOWN = 10  # speakers named in the summary
@@ -120,15 +120,23 @@ def prepare(clips: Sequence[Clip], out: Path, settings: Mapping) -> str:
 
 def checked_settings(own: Mapping, out: Path) -> Mapping:
     """Return the `corpus` section of the conf. Raises BadInput for values that make no sense."""
-    if Path(own["dir"]).resolve() in (out.resolve(), *out.resolve().parents):
-        raise BadInput(f"corpus.dir: {own['dir']} is where stage 0 writes {out}; give another --name")
+    source, target = Path(own["dir"]).resolve(), out.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise BadInput(f"corpus.dir: {own['dir']} and {out}, where stage 0 writes, lie in one another; give other ones")
+    for key in own:
+        if key.startswith(("min_", "max_", "quiet_")) and own[key] is None:
+            raise BadInput(f"corpus.{key} is empty; it is a number")
+    for key, sign, example in (("trim", 1, "the seconds of silence to leave: 0.2"), ("level", -1, "in dBFS: -23")):
+        value = own[key]
+        if value is not None and (isinstance(value, bool | str | list) or value * sign < 0):
+            raise BadInput(f"corpus.{key} is {value!r}; it is {example}, or nothing")
+    for key in ("letters_per_second", "chinese_per_second"):
+        if not own[key] or len(own[key]) != 2 or not all(isinstance(value, int | float) for value in own[key]):
+            raise BadInput(f"corpus.{key} is {own[key]}; it is the slowest and the fastest, as in [2.0, 25.0]")
     if own["max_seconds"] > LONGEST:
         raise BadInput(f"corpus.max_seconds is {own['max_seconds']:g}; the speech tokenizer takes {LONGEST:g} at most")
     if own["same_audio"] not in ("reject", "keep"):
         raise BadInput(f"corpus.same_audio: '{own['same_audio']}' is unknown; one of: reject keep")
-    for key, example in (("trim", "the seconds of silence to leave, 0.2"), ("level", "a level in dBFS, -23")):
-        if isinstance(own[key], bool) or not isinstance(own[key], int | float | None):
-            raise BadInput(f"corpus.{key} is {own[key]!r}; it is {example} for example, or nothing")
     return own
 
 

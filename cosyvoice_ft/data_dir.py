@@ -21,7 +21,10 @@ OF_ALL_UTTS = ("utt2spk", "wav.scp", "text", "utt2dur")
 TOLERANCE = 0.02  # s between utt2dur and the header
 CHUNK = 4096  # recordings handed to the threads at once, so that memory does not grow with the corpus
 BOM = b"\xef\xbb\xbf"
-CLEANS, DROPS, TURNS = "--fix writes it so", "mend it, or --fix drops the utterance", "--fix makes it from utt2spk"
+ODD_SPACE = re.compile(r"[^\S \t]|[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # blanks of other kinds, control characters
+
+CLEANS, DROPS = "--fix writes it so", "mend it, or --fix drops the utterance"  # cures
+TURNS, MEASURES = "--fix makes it from utt2spk", "--fix takes that of the recording"
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,11 @@ class DataDir:
             self._report(name, number, f"'{key}' has speaker '{value}'", "a speaker is one word", DROPS)
             return ""
         elif name == "utt2dur" and not is_duration(value):
-            self._report(name, number, f"'{key}' lasts '{value}'", "a duration is seconds, more than 0", DROPS)
+            self._report(name, number, f"'{key}' lasts '{value}'", "a duration is seconds, more than 0", MEASURES)
             return ""
-        elif name == "text" and re.search(r"[^\S \t]", value):
-            self._report(name, number, f"'{key}' has other white space", "text has blanks only", CLEANS)
-            return " ".join(value.split())
+        elif name == "text" and (odd := ODD_SPACE.search(value)):
+            self._report(name, number, f"'{key}' has U+{ord(odd[0]):04X}", "white space in text is blanks", CLEANS)
+            return " ".join(ODD_SPACE.sub(" ", value).split())
         return value
 
     def utts(self) -> list[str]:
@@ -116,10 +119,11 @@ class DataDir:
         present = [name for name in OF_ALL_UTTS if name in self.tables]
         for utt in self.utts():
             having = [name for name in present if utt in self.tables[name]]
-            if len(having) < len(present):
-                line = self.tables[having[0]][utt][0]
-                what = f"'{utt}' is not in {' '.join(name for name in present if name not in having)}"
-                self._report(having[0], line, what, "all tables have the same utterances", DROPS)
+            lacking = [name for name in present if name not in having]
+            if lacking:
+                line, cure = self.tables[having[0]][utt][0], MEASURES if lacking == ["utt2dur"] else DROPS
+                what = f"'{utt}' is not in {' '.join(lacking)}"
+                self._report(having[0], line, what, "all tables have the same utterances", cure)
 
     def _compare_speakers(self) -> None:
         utt2spk = {utt: spk for utt, (_, spk) in self.tables.get("utt2spk", {}).items() if spk}
@@ -138,16 +142,18 @@ class DataDir:
         """Compare with (utt, seconds or why it cannot be read) of the recordings, which are right; return the sum."""
         wavs, durations, total = self.tables.get("wav.scp", {}), self.tables.get("utt2dur", {}), 0.0
         for utt, header in headers:
-            number, given = durations.get(utt, (0, ""))
             if isinstance(header, str):
                 self._report("wav.scp", wavs[utt][0], f"'{utt}': {header}", "every recording can be opened", DROPS)
                 wavs[utt] = (wavs[utt][0], "")
                 continue
             total += header
-            if given and abs(float(given) - header) > TOLERANCE:
-                what = f"'{utt}' {given} s, its recording {header:.3f} s"
-                self._report("utt2dur", number, what, f"they agree within {TOLERANCE} s", "--fix takes the recording's")
-                durations[utt] = (number, f"{header:.3f}")
+            number, given = durations.get(utt, (0, ""))
+            if given and abs(float(given) - header) <= TOLERANCE:
+                continue
+            if given:
+                what = f"'{utt}' lasts {given} s, its recording {header:.3f} s"
+                self._report("utt2dur", number, what, f"they agree within {TOLERANCE} s", MEASURES)
+            durations[utt] = (number, f"{header:.3f}")
         return total
 
     def mended(self) -> tuple[dict[str, dict[str, str]], dict[str, list[str]]]:

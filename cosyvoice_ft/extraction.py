@@ -129,8 +129,7 @@ class Extraction:
     def run(self, model: OnnxModel, nj: int | None) -> None:
         """Do what is left of this rank's share, a part every 20 s; say first what was done before."""
         self.gather()
-        for left in self.mine.glob(".*.part"):  # of a run that was killed while it wrote
-            left.unlink()
+        sweep(self.mine / "*")
         self.compare(self.share)
         todo = [utt for utt in self.share if utt not in self.done]
         self.failed = {utt: reason for utt, reason in self.failed.items() if utt not in todo}
@@ -223,7 +222,8 @@ class Extraction:
             failed = {utt: self.failed[utt] for utt in self.unsaved if utt in self.failed}
             stamps, contents = self.columns(arrays)
             path = self.mine / f"{1 + max((int(path.stem) for path in self.mine.glob('*.pt')), default=0):05d}.pt"
-            save_archive(path, arrays, made_by=self.made_by, contents=contents, stamps=stamps, failed=failed)
+            more = {"made_by": self.made_by, "contents": contents, "stamps": stamps, "failed": failed}
+            self.done |= save_archive(path, arrays, **more)  # one block: as many small ones would hold memory apart
             self.seen.add((path, path.stat().st_mtime_ns))
             self.unsaved.clear()
 
@@ -240,11 +240,12 @@ class Extraction:
 
     def join(self) -> None:
         """Write the archive, in the order of wav.scp, and the fingerprints."""
-        for left in self.folder.glob(f".{self.parts.stem}.*.part"):  # of a run that was killed while it joined
-            left.unlink()
         self.done = {utt: self.done[utt] for utt in self.wavs if utt in self.done}
+        table = self.out.with_suffix(".fingerprints")
+        for path in (self.out, table):
+            sweep(path)
         save_archive(self.out, self.done, made_by=self.made_by, contents=self.columns(self.done)[1])
-        write_table(self.out.with_suffix(".fingerprints"), {utt: self.prints[utt] for utt in self.done})
+        write_table(table, {utt: self.prints[utt] for utt in self.done})
 
     def clear(self) -> None:
         """Delete the parts, but not those of a rank that is at work: it will join again, with the same bytes."""
@@ -253,6 +254,12 @@ class Extraction:
                 shutil.rmtree(rank, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.parts.rmdir()
+
+
+def sweep(path: Path) -> None:
+    """Delete what killed runs left of `path`, half-written."""
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

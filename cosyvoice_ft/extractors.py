@@ -132,20 +132,27 @@ def load_for_extraction(path: str | Path) -> tuple[Tensor, Tensor]:
     return wav24, audio.resample(wav24, audio.SAMPLE_RATE, audio.ANALYSIS_RATE)
 
 
-def save_archive(path: str | Path, arrays: Mapping[str, np.ndarray], **more: object) -> None:
-    """Save {key: (n,) array} for `load_archive`: its keys, lengths and values are one block each, so a million entries
-    cost what one does; `more` are plain values for `read_archive`. The bytes depend on nothing but the content.
+def save_archive(path: str | Path, arrays: Mapping[str, np.ndarray], **more: object) -> dict[str, np.ndarray]:
+    """Save {key: (n,) array} for `load_archive`, and plain values for `read_archive`; return the arrays as parts of one.
+
+    Keys, lengths and values are one block each, so that a million entries cost what one does. The bytes depend on
+    nothing but the content.
     """
-    blocks = {
-        "keys": "\n".join(arrays),
-        "lengths": torch.tensor([len(array) for array in arrays.values()], dtype=torch.int32),
-        "values": torch.from_numpy(np.concatenate(list(arrays.values()) or [np.empty(0, np.float32)])),
-    }
+    keys, lengths = "\n".join(arrays), [len(array) for array in arrays.values()]
+    values = np.concatenate(list(arrays.values()) or [np.empty(0, np.float32)])
+    blocks = {"keys": keys, "lengths": torch.tensor(lengths, dtype=torch.int32), "values": torch.from_numpy(values)}
     with whole(path) as part, open(part, "wb") as file:  # a file without a name: torch would put it into the bytes
         try:
             torch.save(blocks | more, file)
         except RuntimeError as error:  # torch's zip writer hides why a write failed
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    return _cut(keys, lengths, values)
+
+
+def _cut(keys: str, lengths: Sequence[int], values: np.ndarray) -> dict[str, np.ndarray]:
+    ends = np.cumsum(lengths, dtype=np.int64).tolist()
+    bounds = zip([0, *ends], ends, strict=False)
+    return {key: values[start:end] for key, (start, end) in zip(keys.split("\n"), bounds, strict=False)}
 
 
 def load_archive(path: str | Path) -> dict[str, np.ndarray]:
@@ -158,9 +165,7 @@ def read_archive(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
     try:
         more = torch.load(path, weights_only=True)
         keys, lengths, values = (more.pop(name) for name in ("keys", "lengths", "values"))
-        ends, values = np.cumsum(lengths.numpy(), dtype=np.int64).tolist(), values.numpy()
-        bounds = zip([0, *ends], ends, strict=False)
-        return {key: values[a:b] for key, (a, b) in zip(keys.split("\n"), bounds, strict=False)}, more
+        return _cut(keys, lengths.tolist(), values.numpy()), more
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file; run the stage that makes it") from error
     except (RuntimeError, EOFError, AttributeError, ValueError, KeyError) as error:

@@ -1,6 +1,9 @@
 """One function over many utterances, several at a time; what fails is counted, named and limited, never lost."""
 
+import contextlib
+import json
 import os
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +15,12 @@ from cosyvoice_ft.cli import progress
 from cosyvoice_ft.files import BadInput
 
 MAX_LOSS = 0.05  # share of utterances that may fail before a tool stops with nothing written
+SERVER = """
+import importlib, json, sys
+function = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])
+for line in sys.stdin:
+    print(json.dumps(function(*json.loads(line))), flush=True)
+"""
 AHEAD = 4  # items a core that are worked on, or wait to be taken: what bounds the memory of any number of them
 
 
@@ -46,6 +55,36 @@ def in_order(
                 ahead.extend((item, pool.submit(result, item)) for item in islice(items, 1))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def beside(function: Callable) -> Iterator[Callable]:
+    """Yield `function` as one that a process of its own answers, one beside each thread that calls: for what keeps the
+    interpreter lock. Arguments and results are what JSON knows; the processes end with this one, however it ends.
+    """
+    command = [sys.executable, "-c", SERVER, function.__module__, function.__name__]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}  # no Ctrl-C
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    servers, idle = [], []
+
+    def call(*args: Any) -> Any:
+        try:
+            server = idle.pop()
+        except IndexError:
+            server = subprocess.Popen(command, env=env, **pipes)
+            servers.append(server)
+        print(json.dumps(args), file=server.stdin, flush=True)
+        answer = json.loads(server.stdout.readline())
+        idle.append(server)
+        return answer
+
+    try:
+        yield call
+    finally:
+        for server in servers:
+            server.stdin.close()
+            server.wait()
+            server.stdout.close()
 
 
 def for_each(

@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -59,9 +60,10 @@ def find_sounds(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders + files:
             if name.lower().endswith(SOUND) and not name.startswith("."):
-                if not name.isprintable():  # bytes that are not UTF-8, line breaks
-                    raise BadInput(f"{parent}: file name {name!r} is not UTF-8 text of one line; rename it")
                 found.append(Path(parent, name))
+    for path in found:
+        if re.search(r"[\x00-\x1f\ud800-\udfff]", str(path)):  # surrogates stand for bytes that are not UTF-8
+            raise BadInput(f"{str(path)!r}: the name is not UTF-8 text on one line; rename it")
     return sorted(found)
 
 
@@ -255,7 +257,7 @@ class SoundIndex:
         self.by_name: dict[str, list[Path]] = {}
         for path in self.sounds:
             for name in (path.name, path.stem):
-                self.by_name.setdefault(name, []).append(path)
+                self.by_name.setdefault(plain(name), []).append(path)
 
     def find(self, name: str, where: str) -> Path:
         """Return the sound file of a name: as it stands, beside its table, below the corpus, or the one that ends so.
@@ -263,7 +265,7 @@ class SoundIndex:
         name: a path, or a file name with or without its suffix. where: "table:line". What is nowhere is returned as a
         path below the corpus. Raises BadInput when several files end so.
         """
-        wanted = PurePosixPath(name).parts
+        wanted = PurePosixPath(plain(name)).parts
         for folder in (Path(where).parent, self.folder):
             if name.lower().endswith(SOUND) and (folder / name).exists():
                 return folder / name
@@ -274,8 +276,13 @@ class SoundIndex:
 
 
 def ends_in(path: Path, wanted: tuple[str, ...]) -> bool:
-    """Tell whether the last parts of a path, with or without its suffix, are those wanted."""
-    return wanted in (path.parts[-len(wanted) :], path.with_suffix("").parts[-len(wanted) :])
+    """Tell whether the last parts of a path, with or without its suffix, are those wanted (plain)."""
+    return wanted in (PurePosixPath(plain(str(p))).parts[-len(wanted) :] for p in (path, path.with_suffix("")))
+
+
+def plain(name: str) -> str:
+    """Return a name without what differs between systems: upper case, and how accents are composed."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def at_home(names: list[str]) -> list[str]:

@@ -83,9 +83,12 @@ def check_merges(path: Path) -> None:
 
 
 def check_weights(path: Path) -> None:
+    """Plain tensors in a zip file, whose directory stands at its end."""
     with open(path, "rb") as file:
         begins = file.read(4) == b"PK\3\4"
-    if begins and not zipfile.is_zipfile(path):
+    if not begins:
+        raise BadInput(f"{path}: not a weights file (torch.save writes zip files)")
+    if not zipfile.is_zipfile(path):
         raise BadInput(f"{path}: cut off: {path.stat().st_size:,} bytes without the directory that ends a zip file")
     checkpoint.load(path)
 

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Stage 0 for an existing Kaldi data directory: its recordings are checked, its speakers and ids kept.
+"""Stage 0 for an existing Kaldi data directory: the same rules for its recordings, the same speakers.
 
     python local/prepare_kaldi.py data/mine --conf conf/mine.yaml --corpus.dir egs/mine/data
 
 reads   corpus.dir: wav.scp, text, and utt2spk, instruct, spk2prompt where they are; or folders with these, of which
-        those named dev, valid or test are held out. Relative paths in wav.scp count from here, else from corpus.dir.
+        those named dev, valid or test are held out; no segments, no commands in wav.scp. Relative paths count from
+        here, else from corpus.dir.
 writes  data/NAME/{train,dev}: wav.scp text utt2spk spk2utt utt2dur, instruct, spk2prompt; data/NAME/rejected.tsv
+
+Utterance ids stay where there is one speaker, and where they begin with their speaker; else they become SPK-ID.
 """
 
 from pathlib import Path

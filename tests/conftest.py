@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from parity import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "tests" / "assets"
@@ -18,6 +19,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--goldens", type=Path, default=ASSETS, help="folder of recorded inputs and outputs of the reference"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.parity_page = Page(config.getoption("--goldens"))
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name == "test_parity.py":
+            item.config.parity_page.whole = False
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    page = config.parity_page
+    if page.files or page.absent:
+        terminalreporter.section("recorded numbers of the reference")
+        for line in page.lines():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def test_help_is_made_from_the_script(run):
         (["--conf", "conf/ljspeech.yaml", "--stage", 7], "exp/ljspeech/model/llm.pt is missing; stage 6"),
         (["--conf", "conf/ljspeech.yaml"], "pretrained_models/CosyVoice2-0.5B is missing"),
         (["--pretrained_dir", "nowhere"], "nowhere is missing"),
-        (["--corpus.format", "pears", "--stage", 0], "corpus.format: 'pears' is unknown; one of: pairs ljspeech"),
+        (["--corpus.format", "pears", "--stage", 0], "corpus.format: 'pears' is unknown; one of: auto pairs libritts"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
@@ -125,18 +125,18 @@ def test_empty_and_broken_corpora(run, tmp_path):
         (tmp_path / "empty" / f"{i}.wav").write_bytes(b"not a wav")
         (tmp_path / "empty" / f"{i}.txt").write_text("你好")
     error = run(*stage0, "--corpus", tmp_path / "empty", status=1).stderr
-    assert "3 of 3 clips cannot be used" in error and "rejected.tsv" in error
+    assert "3 of 3 recordings are broken" in error and "rejected.tsv" in error
 
 
 def test_pairs_in_one_folder_and_in_parts(clone, run, root, tmp_path):
     """wav + .lab with Chinese names in one folder; train/ and test/ folders with the same names in both."""
     wav, rate = soundfile.read(root / "local/demo/wavs/demo_001.flac")
 
-    def put(folder, names):
+    def put(folder, names, cut=1000):
         folder.mkdir(parents=True, exist_ok=True)
         for i, name in enumerate(names):
-            soundfile.write(folder / f"{name}.wav", wav[: -1000 - i], rate)
-            (folder / f"{name}.lab").write_text(f"你好，{name}。\n", encoding="utf-8")
+            soundfile.write(folder / f"{name}.wav", wav[: -cut - i], rate)
+            (folder / f"{name}.lab").write_text(f"你好，我是派蒙，{name}。\n", encoding="utf-8")
 
     put(tmp_path / "one", [f"派蒙 {i}" for i in range(10)])
     (tmp_path / "one" / "派蒙 0.normalized.txt").write_text("这一句更好。")
@@ -146,10 +146,10 @@ def test_pairs_in_one_folder_and_in_parts(clone, run, root, tmp_path):
     assert [len(part) for part in parts] == [9, 1]
     assert (parts[0] | parts[1])["派蒙_0"] == "这一句更好。"
     put(tmp_path / "two/train", ["a", "b"])
-    put(tmp_path / "two/test", ["a"])
+    put(tmp_path / "two/test", ["a"], cut=2000)
     run(*stage0, "--corpus", tmp_path / "two", "--name", "two")
-    assert list(read_table(clone / "data/two/train/utt2spk")) == ["b", "train_a"]
-    assert read_table(clone / "data/two/dev/utt2spk") == {"test_a": "paimon"}
+    assert list(read_table(clone / "data/two/train/utt2spk")) == ["train-a", "train-b"]
+    assert read_table(clone / "data/two/dev/utt2spk") == {"test-a": "paimon"}
 
 
 def test_ljspeech(clone, run, speech_dir):

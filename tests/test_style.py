@@ -19,6 +19,8 @@ FLOORS = {
     "jobs": {"files", "cli"},
     "layout": {"files", "table"},
     "extractors": {"files", "audio"},
+    "model_dir": {"files", "conf", "checkpoint", "text"},
+    "data_dir": {"files", "audio", "table"},
     "corpus": {"files", "audio", "table", "jobs"},
     "dataset": {"files", "shards"},
     "checkpoint": {"files", "conf"},

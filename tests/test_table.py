@@ -1,8 +1,11 @@
 """Kaldi tables and whole-or-absent files."""
 
+import subprocess
+import sys
+
 import pytest
 
-from cosyvoice_ft.files import BadInput, fingerprint, whole
+from cosyvoice_ft.files import BadInput, fingerprint, lock, whole
 from cosyvoice_ft.table import read_table, spk2utt, write_data_dir, write_table
 
 
@@ -21,7 +24,8 @@ def test_bom_crlf_tabs_and_empty_values(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"a 1\nb \xcc\xec\n", ":2: not UTF-8"),
+        (b"a 1\nb \xcc\xec\n", ":2: not UTF-8; convert the file first: iconv -f GB18030 -t UTF-8"),
+        ("a 1\n".encode("utf-16"), ":1: not UTF-8; convert the file first: iconv -f UTF-16 -t UTF-8"),
         (b"a 1\n\nb 2\n", ":2: empty line"),
         (b"a 1\na 2\n", ":2: key 'a' is there twice"),
     ],
@@ -45,6 +49,20 @@ def test_data_dir(tmp_path):
     assert spk2utt({"u2": "x", "u1": "x", "u3": "w"}) == {"x": "u1 u2", "w": "u3"}
 
 
+def test_what_only_some_corpora_have(tmp_path):
+    """instruct and spk2prompt are written when there are any, and go when there are none; wav.scp comes last."""
+    rows = [{"utt": u, "wav": f"{u}.wav", "text": "x", "spk": "s", "seconds": 1.0} for u in "ab"]
+    write_data_dir(tmp_path, [rows[0] | {"instruct": "low"}, rows[1]], {"s": "p.wav", "other": "o.wav"})
+    assert read_table(tmp_path / "instruct") == {"a": "low"} and read_table(tmp_path / "spk2prompt") == {"s": "p.wav"}
+    write_data_dir(tmp_path, rows)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["spk2utt", "text", "utt2dur", "utt2spk", "wav.scp"]
+    (tmp_path / "utt2dur").unlink()
+    (tmp_path / "utt2dur").mkdir()  # cannot be replaced
+    with pytest.raises(BadInput, match="utt2dur: cannot be written"):
+        write_data_dir(tmp_path, rows)
+    assert not (tmp_path / "wav.scp").exists()
+
+
 def test_whole_or_absent(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
@@ -63,3 +81,14 @@ def test_fingerprint_follows_content(tmp_path):
     (tmp_path / "c").write_bytes(b"other")
     a, b, c = (fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c and len(a) == 16
+
+
+def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path, root):
+    take = f"from cosyvoice_ft.files import lock; lock({str(tmp_path / 'x')!r}).__enter__(); print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", take], cwd=root, stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(BadInput, match="x: another run is at work in it"), lock(tmp_path / "x"):
+            pass
+        other.kill()
+    with lock(tmp_path / "x"):
+        pass

@@ -52,6 +52,7 @@ def main() -> None:
     means = speaker_means((spks[work.folder][utt], vector) for work in works for utt, vector in work.done.items())
     for folder in args.data_dir:
         own = sorted(means.keys() & spks[folder].values())
+        extraction.sweep(folder / "spk2embedding.pt")
         save_archive(folder / "spk2embedding.pt", {spk: means[spk] for spk in own})
     seconds = time.monotonic() - start
     print(

@@ -78,7 +78,8 @@ def main() -> None:
         fix(data)
     elif data.problems:
         command = f"python tools/validate_data_dir.py {shlex.quote(str(args.data_dir))} --fix"
-        raise BadInput(f"{args.data_dir}: {len(data.problems)} problems, named above; --fix mends tables: {command}")
+        count = f"{len(data.problems)} problem{'s' * (len(data.problems) > 1)}"
+        raise BadInput(f"{args.data_dir}: {count}, named above; --fix mends tables: {command}")
     else:
         speakers = len(data.tables["spk2utt"])
         print(f"{args.data_dir}: valid: {len(data.utts())} utterances, speakers: {speakers}{duration}")
