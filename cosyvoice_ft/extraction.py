@@ -4,9 +4,9 @@
 
 Beside the array of an utterance an archive keeps two fingerprints: of the content of the wav and of the model that it
 was made from. An utterance is done when NAME.pt or a part holds its array for the wav and the model of now; the rest is
-worked on, and goes to another part every 20 s. A recording that fails is settled, too: this run goes on without it, the
-next one tries it again. The process that finds everything settled, the shares of the others included, joins: NAME.pt in
-the order of wav.scp, and the parts vanish. So the bytes of NAME.pt depend on the wavs and the model alone.
+worked on, and goes to another part every 20 s or 1,000 utterances. A recording that fails is settled, too: this run
+goes on without it, the next one tries it again. The process that finds everything settled, the shares of the others
+included, joins: NAME.pt in the order of wav.scp, and the parts vanish. So its bytes depend on wavs and model alone.
 
 NAME.fingerprints (`utt stamp content`) spares reading all audio to see that nothing changed: the stamp is made of path,
 size and time of change, and only a wav with another one is read.
@@ -29,7 +29,7 @@ from cosyvoice_ft.extractors import OnnxModel, load_for_extraction, read_archive
 from cosyvoice_ft.files import BadInput, fingerprint, lock
 from cosyvoice_ft.table import read_table, write_table
 
-PART_SECONDS = 20.0  # between two parts: what a kill costs at most
+PART_SECONDS, PART_UTTERANCES = 20.0, 1000  # whichever comes first: what a kill costs at most
 LOOKED_AT = 1000  # files that a thread looks at in one go
 
 
@@ -127,7 +127,7 @@ class Extraction:
         self.seen: set[tuple[Path, int]] = set()
 
     def run(self, model: OnnxModel, nj: int | None) -> None:
-        """Do what is left of this rank's share, a part every 20 s; say first what was done before."""
+        """Do what is left of this rank's share; say first what was done before."""
         self.gather()
         sweep(self.mine / "*")
         self.compare(self.share)
@@ -142,7 +142,7 @@ class Extraction:
                 else:
                     self.done[utt], self.prints[utt] = result, print_
                 self.unsaved.append(utt)
-                if time.monotonic() - written >= PART_SECONDS:
+                if time.monotonic() - written >= PART_SECONDS or len(self.unsaved) == PART_UTTERANCES:
                     self.save()
                     written = time.monotonic()
         finally:

@@ -133,10 +133,10 @@ def load_for_extraction(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def save_archive(path: str | Path, arrays: Mapping[str, np.ndarray], **more: object) -> dict[str, np.ndarray]:
-    """Save {key: (n,) array} for `load_archive`, and plain values for `read_archive`; return the arrays as parts of one.
+    """Save {key: (n,) array} for `load_archive`, `more` for `read_archive`; return the arrays as parts of one block.
 
-    Keys, lengths and values are one block each, so that a million entries cost what one does. The bytes depend on
-    nothing but the content.
+    Keys, lengths and values are one block each on disk, so that a million entries cost what one does. The bytes depend
+    on nothing but the content.
     """
     keys, lengths = "\n".join(arrays), [len(array) for array in arrays.values()]
     values = np.concatenate(list(arrays.values()) or [np.empty(0, np.float32)])

@@ -155,10 +155,9 @@ def read_rows(path: Path, kind: str = "") -> Iterator[dict[str, str]]:
 
     Without a column audio, the id stands for it. Raises BadInput naming file and line.
     """
-    kind = kind or kind_of(path)
+    lines, kind = read_lines(path), kind or kind_of(path)
     if not kind:
         raise BadInput(f"{path}:1: neither a header row ({NEEDED}) nor path|text nor path|speaker|text")
-    lines = read_lines(path)
     readers = {"header": header_rows, "jsonl": json_rows, "list": list_rows, "metadata": metadata_rows}
     for number, row in readers.get(kind, sphinx_rows)(path, lines):
         row = {what: value.strip() for what, value in row.items()} | {"where": f"{path}:{number}"}
@@ -269,7 +268,7 @@ class SoundIndex:
         for folder in (Path(where).parent, self.folder):
             if name.lower().endswith(SOUND) and (folder / name).exists():
                 return folder / name
-        found = [path for path in self.by_name.get(wanted[-1], ()) if ends_in(path, wanted)]
+        found = [path for path in self.by_name.get("".join(wanted[-1:]), ()) if ends_in(path, wanted)]
         if len(found) > 1:
             raise BadInput(f"{where}: '{name}' could be {found[0]} or {found[1]}; give more of the path")
         return found[0] if found else self.folder / name

@@ -2,8 +2,8 @@
 
     wav.scp, text --threads--> rows, in order --64 at a time--> .parquet.part/ --all of them--> parquet/
 
-Ids, texts, tokens and vectors are in memory; of audio and mel only the few utterances that are worked on, and one row
-group. The shards take their place when all data directories are packed; until then the earlier ones stand.
+Ids, texts, tokens and vectors are in memory; of audio and mel only the few utterances that are worked on, and two row
+groups. The shards take their place when all data directories are packed; until then the earlier ones stand.
 """
 
 import contextlib

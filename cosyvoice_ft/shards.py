@@ -54,7 +54,7 @@ def write_shards(folder: str | Path, rows: Iterable[Mapping], metadata: Mapping[
 def write_shard(path: str | Path, rows: Iterable[Mapping], metadata: Mapping[str, str]) -> None:
     """Write rows (keys as in the head of this file, arrays as numpy) as one parquet file, whole or not at all.
 
-    No more than one row group is in memory.
+    No more than two row groups are in memory.
     """
     rows, schema = iter(rows), SCHEMA.with_metadata(dict(metadata))
     compression = {field.name: "none" if field.name == "speech_feat" else "zstd" for field in SCHEMA}

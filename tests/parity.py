@@ -128,5 +128,7 @@ class Page:
             for array in only_excluded:
                 reasons[file.excluded[array]] = reasons.get(file.excluded[array], 0) + 1
             lines += [f"    excluded {count}: {reason}" for reason, count in reasons.items()]
-        lines += [f"{name:32} not compared: {reason}" for name, reason in sorted(self.left_out.items())]
+        for reason in sorted(set(self.left_out.values())):
+            names = sorted(name for name, why in self.left_out.items() if why == reason)
+            lines.append(f"not compared, {reason}: {' '.join(names)}")
         return lines + [f"{name:32} ABSENT in {self.folder}" for name in sorted(self.absent)]

@@ -530,7 +530,7 @@ def test_a_function_beside():
     assert results == {"a": "a", "b": "b", "ü\n": text.normalize("ü\n", "none")}
 
 
-def test_a_writer_of_shards_holds_one_row_group(tmp_path):
+def test_a_writer_of_shards_holds_two_row_groups(tmp_path):
     class Row(dict):
         __hash__ = object.__hash__
 
@@ -548,4 +548,4 @@ def test_a_writer_of_shards_holds_one_row_group(tmp_path):
     gc.collect()
     shards.write_shards(tmp_path, rows(), {})
     found = shards.Shards(tmp_path / "data.list")
-    assert len(found) == 300 and [n for *_, n in found.groups] == [64, 64, 64, 64, 44] and most <= shards.ROW_GROUP + 2
+    assert len(found) == 300 and [n for *_, n in found.groups] == [64, 64, 64, 64, 44] and most <= 2 * 64 + 1

@@ -19,6 +19,8 @@ FLOORS = {
     "jobs": {"files", "cli"},
     "layout": {"files", "table"},
     "extractors": {"files", "audio"},
+    "extraction": {"files", "cli", "table", "jobs", "extractors"},
+    "packing": {"files", "cli", "table", "audio", "text", "shards", "jobs", "extractors", "extraction"},
     "model_dir": {"files", "conf", "checkpoint", "text"},
     "data_dir": {"files", "audio", "table"},
     "corpus": {"files", "audio", "table", "jobs"},

@@ -84,8 +84,12 @@ def test_fingerprint_follows_content(tmp_path):
 
 
 def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path, root):
-    take = f"from cosyvoice_ft.files import lock; lock({str(tmp_path / 'x')!r}).__enter__(); print('held', flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", take], cwd=root, stdin=-1, stdout=-1, text=True) as other:
+    take = (
+        f"from cosyvoice_ft.files import lock\nwith lock({str(tmp_path / 'x')!r}): print('held', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", take], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(BadInput, match="x: another run is at work in it"), lock(tmp_path / "x"):
             pass

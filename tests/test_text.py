@@ -55,24 +55,6 @@ def test_special_tokens_have_the_recorded_names_in_the_recorded_order(recorded_t
     assert list(text.SPECIAL_TOKENS) == [name for name, _ in recorded_tokens["tokens"]]
 
 
-def test_ids_after_a_vocabulary_of_full_size_are_the_recorded_ones(tmp_path, recorded_tokens, compare):
-    own = [text.END_OF_TEXT, *text.SPECIAL_TOKENS[:2]]  # those that the released configuration lists itself
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    settings = {
-        "added_tokens_decoder": {str(QWEN2_SIZE + i): {"content": name, **flags} for i, name in enumerate(own)},
-        "additional_special_tokens": own[1:],
-        **{"bos_token": None, "eos_token": own[2], "pad_token": own[0], "unk_token": None},
-        **{"add_prefix_space": False, "errors": "replace", "model_max_length": 32768, "split_special_tokens": False},
-    }
-    tokenizer = text.Tokenizer(make_model_dir(tmp_path, QWEN2_SIZE, **settings))
-    names, ids = zip(*recorded_tokens["tokens"], strict=True)
-    compare("special_tokens.json", "cosyvoice2.tokens", [tokenizer.encode(name) for name in names], [[i] for i in ids])
-    for written, expected in recorded_tokens["encode_examples"].items():
-        compare("special_tokens.json", f"cosyvoice2.encode_examples {written}", tokenizer.encode(written), expected)
-    assert tokenizer.endofprompt == 151646
-    assert tokenizer.encode(text.END_OF_TEXT) == [QWEN2_SIZE]
-
-
 def test_ids_after_a_small_vocabulary_follow_it(tokenizer):
     special = (text.END_OF_TEXT, *text.SPECIAL_TOKENS)
     assert [tokenizer.encode(name) for name in special] == [[256 + i] for i in range(len(special))]

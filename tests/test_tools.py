@@ -94,7 +94,7 @@ def test_stage_3_refuses_a_recording_that_changed(run_tool, clips, base):
     soundfile.write(data / "other.wav", np.random.default_rng(0).uniform(-0.1, 0.1, 48000), 24000)
     (data / "train/wav.scp").write_text("\n".join([f"{utt} {data / 'other.wav'}", *lines[1:]]) + "\n")
     done = run_tool("tools/make_parquet.py", data / "train", *words, status=1)
-    assert "the recording changed, run stage 2" in done.stderr
+    assert "the recording changed, run stage 1" in done.stderr
     assert not (data / "train/parquet").exists()
 
 
