@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
-from cosyvoice_ft import dataset, shards
+from cosyvoice_ft import audio, dataset, shards
+from cosyvoice_ft.conf import CONF_DIR, load_conf
+from cosyvoice_ft.extractors import load_for_extraction
 from cosyvoice_ft.files import BadInput
+from cosyvoice_ft.models.flow import collate
+from cosyvoice_ft.synthesis import load_model
 
 
 def made_rows(n, seed=0):
@@ -99,3 +104,32 @@ def test_draws_belong_to_the_utterance(packed):
     assert drawn(2000, 1, 2) == (order, numbers)
     assert drawn(700, 1, 0)[1] == numbers and len(numbers) == 150
     assert drawn(2000, 2, 0)[1] != numbers
+
+
+def test_float16_mel_is_near_enough(root, tiny_base):
+    """Shards keep the log-mel as float16: |x| < 16, so the error is at most 2^-8 (half a unit in the last place), and
+    the flow's loss moves by less than 0.1 %."""
+    feats = [
+        audio.log_mel(load_for_extraction(path)[0])
+        for path in sorted((root / "local/demo/wavs").glob("*.flac"))[:8]
+    ]  # fmt: skip
+    for feat in feats:
+        assert feat.abs().max() < 16 and (feat.half().float() - feat).abs().max() <= 2**-8
+    model = load_model("flow", tiny_base, load_conf(CONF_DIR / "cosyvoice2.yaml")).eval()
+    rng, losses = np.random.default_rng(0), {}
+    tokens = [rng.integers(0, 6561, len(feat) // 2).astype(np.int16) for feat in feats]
+    for dtype in (np.float16, np.float32):
+        rows = [
+            {
+                "utt": "u",
+                "speech_token": t,
+                "speech_feat": f.numpy().astype(dtype),
+                "embedding": np.ones(192, np.float32),
+            }
+            for t, f in zip(tokens, feats, strict=True)
+        ]
+        batch = collate(rows, [np.random.default_rng(i) for i in range(len(rows))])
+        count = batch.pop("count")
+        with torch.no_grad():
+            losses[dtype] = float(model(**batch)["loss"]) / count
+    assert abs(losses[np.float16] / losses[np.float32] - 1) < 1e-3
