@@ -132,7 +132,8 @@ class Extraction:
         sweep(self.mine / "*")
         self.compare(self.share)
         todo = [utt for utt in self.share if utt not in self.done]
-        self.failed = {utt: reason for utt, reason in self.failed.items() if utt not in todo}
+        for utt in todo:
+            self.failed.pop(utt, None)
         self.say(todo)
         written = time.monotonic()
         try:
@@ -149,6 +150,7 @@ class Extraction:
             self.save()
 
     def say(self, todo: Sequence[str]) -> None:
+        """Tell what this run finds done, and why not more of it."""
         ready, total = len(self.share) - len(todo), len(self.share)
         known = {utt for utt, _ in self.found}
         changed = sum(utt in known for utt in todo)

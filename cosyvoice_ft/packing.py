@@ -59,12 +59,12 @@ class Packing:
     def __init__(self, folder: Path, normalize: Callable, tokenizer: texts.Tokenizer, settings: Mapping) -> None:
         self.folder, self.out, self.part = folder, folder / "parquet", folder / ".parquet.part"
         self.normalize, self.tokenizer, self.settings = normalize, tokenizer, settings
-        self.wavs, self.spks = read_table(folder / "wav.scp"), load_archive(folder / "spk2embedding.pt")
-        self.tables, self.made_from = {}, {}
+        self.wavs, self.tables, self.made_from = read_table(folder / "wav.scp"), {}, {}
         for name, stage in TABLES.items():
             self.tables[name] = load_archive(folder / f"{name}.pt") if stage else read_table(folder / name)
             if stage and (prints := folder / f"{name}.fingerprints").exists():
                 self.made_from[stage] = read_table(prints)
+        self.spks = load_archive(folder / "spk2embedding.pt")
         self.lost, self.changed, self.shards = {}, {}, []
         for utt in self.wavs:
             if lacking := next((name for name, table in self.tables.items() if utt not in table), None):

@@ -123,7 +123,9 @@ class Page:
                     worst[tolerance] = (ratio, array)
             said = [f"{ratio:.2g} of {tolerance} ({array})" for tolerance, (ratio, array) in worst.items() if ratio]
             lines.append(f"{row}   {'; '.join(said) or 'all equal'}")
-            lines += [f"    not accounted for: {array}" for array in file.left()]
+            left = file.left()
+            lines += [f"    not accounted for: {array}" for array in left[:10]]
+            lines += [f"    not accounted for: {len(left) - 10} more"] * (len(left) > 10)
             reasons: dict[str, int] = {}
             for array in only_excluded:
                 reasons[file.excluded[array]] = reasons.get(file.excluded[array], 0) + 1
