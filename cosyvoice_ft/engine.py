@@ -240,7 +240,7 @@ class DeepSpeedEngine(Engine):
         dist.barrier()
         if self.rank == 0:
             checkpoint.save(path, {"deepspeed": tag, "facts": dict(facts)})
-            for old in folder.iterdir():
+            for old in folder.glob("update_*"):
                 if old.name != tag:
                     shutil.rmtree(old)
 

@@ -258,6 +258,7 @@ def test_a_folder_as_source(tool, base, tmp_path):
     (base / "speech_tokenizer_v2.onnx").unlink()
     assert "holds CosyVoice3, the conf says cosyvoice2" in tool("fetch_model", *words, base)[1]
     assert "'hugging' is no folder and none of local, tiny, hugg" in tool("fetch_model", *words, "hugging")[1]
+    assert "make it: python local/make_tiny_base.py" in tool("fetch_model", *words, "tiny")[1]
     assert "fetch it: --pretrained_source huggingface or modelscope" in tool("fetch_model", *words, "local")[1]
 
 

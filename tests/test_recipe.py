@@ -173,3 +173,28 @@ def test_a_model_that_does_not_fit_is_named(clone, run, walked, tmp_path):
     os.replace(base / "flow.pt", base / "llm.pt")
     words = ["--conf", "conf/tiny.yaml", "--pretrained_dir", base, "--name", "tiny", "--stage", 4, "--stop_stage", 4]
     assert "llm.pt: does not fit a cosyvoice2 llm" in run(*words, status=1).stderr
+
+
+def test_one_process_two_processes_and_deepspeed_train_the_same(clone, walked, run_tool, tmp_path):
+    """Two batches an update, in one process, dealt to two (gloo), and under ZeRO-2: the same weights after an epoch."""
+    words = ["--conf", "conf/tiny.yaml", "--train.listen_seconds=0", "--train.llm.max_epoch=1", "--train.num_workers=0"]
+    words += ["--train.llm.max_batch=1000"]
+    two = ["torchrun", "--standalone", "--nproc_per_node", "2", "tools/train.py"]
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(clone)}
+    runs = {
+        "one": (["tools/train.py"], ["--train.accum_grad=2"]),
+        "ddp": (two, []),
+        "deepspeed": (two, ["--train.engine=deepspeed"]),
+    }
+    weights = {}
+    for name, (command, more) in runs.items():
+        done = run_tool(*command, "llm", "data/tiny", tmp_path / name, *words, *more, cwd=clone, env=env)
+        assert "epoch 1 CV" in done.stdout
+        weights[name] = checkpoint.load_weights(tmp_path / name / "epoch_1.pt")
+    for name in ("ddp", "deepspeed"):
+        for key, value in weights["one"].items():
+            torch.testing.assert_close(weights[name][key], value, atol=2e-5, rtol=1e-3, msg=f"{name} {key}")
+    again = run_tool(
+        *two, "llm", "data/tiny", tmp_path / "deepspeed", *words, *runs["deepspeed"][1], cwd=clone, env=env
+    )
+    assert "finished already: 1 epochs" in again.stdout

@@ -68,7 +68,7 @@ def run(folder: Path, model: nn.Module | None = None, **options) -> tuple[engine
 
 def slow(epoch: int, skip: int = 0):
     for batch in batches(epoch, skip):
-        time.sleep(0.01)
+        time.sleep(0.03)
         yield batch
 
 

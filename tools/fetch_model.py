@@ -16,7 +16,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cosyvoice_ft import cli, conf, model_dir
@@ -50,13 +50,21 @@ def download(source: str, hub_id: str, names: Iterable[str], part: Path) -> None
         ) from error
 
 
-def take(folder: Path, names: Iterable[str], part: Path) -> None:
-    """Link or copy the files `names` of a folder, those that are there, into an empty `part`."""
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name in names:
-        if (folder / name).is_file():
-            model_dir.link(folder / name, part / name)
+def source_folder(settings: Mapping) -> Path:
+    """Return the folder that pretrained_source names. Raises BadInput when it is none, or holds another model."""
+    source, model = settings["pretrained_source"], settings["model"]
+    if source == "local":
+        out = settings["pretrained_dir"]
+        raise BadInput(f"{out} is missing; fetch it: --pretrained_source {' or '.join(HUBS)} or a FOLDER that holds it")
+    if source == "tiny":
+        raise BadInput(f"make it: python local/make_tiny_base.py {settings['pretrained_dir']}")
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise BadInput(f"pretrained_source: '{source}' is no folder and none of local, tiny, {', '.join(HUBS)}")
+    if model_dir.release(folder) != model:
+        name = model_dir.RELEASES[model_dir.release(folder)]
+        raise BadInput(f"{folder}: holds {name}, the conf says {model}; give a folder of that model")
+    return folder
 
 
 def main() -> None:
@@ -66,27 +74,21 @@ def main() -> None:
     if out.exists():
         print(f"{out} is there")
         return
-    if source == "local":
-        raise BadInput(f"{out} is missing; fetch it: --pretrained_source {' or '.join(HUBS)} or a FOLDER that holds it")
-    folder = Path(source).expanduser()
-    if source not in HUBS and not folder.is_dir():
-        known = ", ".join(("local", "tiny", *HUBS))
-        raise BadInput(f"pretrained_source: '{source}' is no folder and none of {known}")
-    if source not in HUBS and model_dir.release(folder) != settings["model"]:
-        name = model_dir.RELEASES[model_dir.release(folder)]
-        raise BadInput(f"{folder}: holds {name}, the conf says {settings['model']}; give a folder of that model")
-
     part, needed = out.with_name(f".{out.name}.part"), model_dir.needed(settings["model"])
-    origin = str(folder)
+    names = (*needed, *model_dir.OPTIONAL)
     if source in HUBS:
-        origin = settings["pretrained_id"] or HUBS[source][1]
-        download(source, origin, (*needed, *model_dir.OPTIONAL), part)
+        origin, holder = settings["pretrained_id"] or HUBS[source][1], part
+        download(source, origin, names, part)
     else:
-        take(folder, (*needed, *model_dir.OPTIONAL), part)
+        origin = holder = source_folder(settings)
     for name in needed:
-        if problem := model_dir.problem(part / name):
+        if problem := model_dir.problem(holder / name):
             cure = f"run it again; if this stays, delete {part} first" if source in HUBS else "complete that folder"
             raise BadInput(f"{origin}: {name}: {problem}; {out} not made (fix: {cure})")
+    if source not in HUBS:
+        shutil.rmtree(part, ignore_errors=True)
+        for name in filter(lambda name: (holder / name).is_file(), names):
+            model_dir.link(holder / name, part / name)
     for extra in part.glob(".*"):  # what a hub's package keeps there to go on from
         shutil.rmtree(extra) if extra.is_dir() else extra.unlink()
     part.rename(out)

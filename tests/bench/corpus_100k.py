@@ -123,7 +123,7 @@ def forecast(few: Walk, many: Walk) -> list[str]:
             f"{(large.peak + growth * utts) / 1e9:,.1f} GB = {large.peak / 1e6:,.0f} MB + {growth:,.0f} B x utterances"
         )
         lines.append(f"  stage {number}, {stage}: {time_}; {memory}")
-    return lines
+    return [*lines, "  machines: stages 1 and 2 are shared by RANK and WORLD_SIZE, hours / machines; 0 and 3 run on one"]
 
 
 def main() -> None:
