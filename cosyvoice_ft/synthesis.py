@@ -53,7 +53,7 @@ def load_model(part: str, model_dir: str | Path, settings: Mapping, weights: str
             passed = ("estimator_num_heads", "chunk_size", "dropout_rate", "sigma_min", "inference_cfg_rate")
             return CausalMaskedDiffWithXvec.from_weights(tensors, **{key: own[key] for key in passed})
         return HiFTGenerator.from_weights(tensors, **own)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BadInput(f"{path}: does not fit a {settings['model']} {part}: {reason}") from error
 
@@ -275,4 +275,3 @@ def with_prompt(voice: Voice, wav: Tensor, tokens: np.ndarray, prompt_text: list
     n = min(len(tokens), len(feat) // audio.MEL_PER_TOKEN)
     token = torch.from_numpy(tokens[:n].astype(np.int64))
     return replace(voice, prompt_text=prompt_text, prompt_token=token, prompt_feat=feat[: audio.MEL_PER_TOKEN * n])
-

@@ -258,7 +258,7 @@ def test_synthesize_speaks_every_mode_and_writes_a_data_directory(run_tool, mode
     quick = ["--llm.max_token_text_ratio=3", "--flow.n_timesteps=2", "--format", "flac", *words]
     said = run_tool("tools/synthesize.py", out, tmp_path / "tts_text.json", tmp_path / "o", *quick).stdout
     assert "3 of 3 sentences" in said and "tokens/s" in said
-    assert list(read_table(tmp_path / "o/text")) == ["a_instruct_001", "a_sft_001", "a_zero_shot_001"]
+    assert list(read_table(tmp_path / "o/text")) == ["a-instruct-001", "a-sft-001", "a-zero_shot-001"]
     for utt, path in read_table(tmp_path / "o/wav.scp").items():
         assert path.endswith(f"{utt}.flac") and soundfile.info(path).samplerate == 24000
     facts = json.loads((tmp_path / "o/synth.json").read_text())
@@ -276,7 +276,7 @@ def test_copy_synthesis_and_the_base(run_tool, model_dir, data, tmp_path):
     quick = ["--spk", "a", "--llm.max_token_text_ratio=3", "--flow.n_timesteps=2", *words]
     for model in ("tuned", "base"):
         run_tool("tools/synthesize.py", out, tmp_path / "t.txt", tmp_path / model, "--model", model, *quick)
-    tuned, base = (soundfile.read(tmp_path / model / "wav/a_sft_001.wav")[0] for model in ("tuned", "base"))
+    tuned, base = (soundfile.read(tmp_path / model / "wav/a-sft-001.wav")[0] for model in ("tuned", "base"))
     assert len(tuned) == len(base) and not np.array_equal(tuned, base)  # the same tokens, another flow
 
 
@@ -290,5 +290,5 @@ def test_a_prompt_from_the_command_line_and_speed(run_tool, model_dir, root, tmp
     quick += ["--prompt", clip, "--prompt_text", "The baker opens her shop at six."]
     for speed in (1.0, 2.0):
         run_tool("tools/synthesize.py", out, tmp_path / "t.txt", tmp_path / str(speed), *quick, "--synth.speed", speed)
-    frames = [soundfile.info(tmp_path / s / "wav/demo_002_zero_shot_001.wav").frames for s in ("1.0", "2.0")]
+    frames = [soundfile.info(tmp_path / s / "wav/demo_002-zero_shot-001.wav").frames for s in ("1.0", "2.0")]
     assert frames[1] == frames[0] // 960 * 960 // 2

@@ -13,6 +13,11 @@ TOOLS = [
     "extract_speech_token",
     "make_model_dir",
     "make_parquet",
+    "check_model_dir",
+    "fetch_model",
+    "show_result",
+    "try_voice",
+    "validate_data_dir",
     "print_conf",
     "synthesize",
     "train",
@@ -102,7 +107,9 @@ def test_missing_inputs_are_named(run_tool, clips, base, tmp_path):
     data, words = clips
     one_line(run_tool("tools/make_parquet.py", data / "train", *words, status=1), "utt2embedding.pt: no such file")
     one_line(run_tool("tools/train.py", "llm", data, tmp_path / "out", *words, status=1), "run stage 3")
-    one_line(run_tool("tools/average.py", tmp_path, status=1), "no epoch_N.pt")
+    one_line(run_tool("tools/average.py", tmp_path, status=1), "not a training; name exp/NAME/llm or exp/NAME/flow")
+    (tmp_path / "llm").mkdir()
+    one_line(run_tool("tools/average.py", tmp_path / "llm", status=1), "no epoch_N.pt")
     one_line(run_tool("tools/extract_embedding.py", tmp_path / "nothing", *words, status=1), "wav.scp: cannot be read")
 
 
@@ -111,7 +118,7 @@ def test_missing_inputs_are_named(run_tool, clips, base, tmp_path):
     [
         ("t.txt", "\n \n", "no sentences"),
         ("t.json", '{"a": ["b",]}', "t.json:1: not valid json"),
-        ("t.json", '["a"]', 'a tts_text.json is {"speaker"'),
+        ("t.json", '["a"]', "a tts_text.json is an object"),
         ("t.json", '{"nobody": ["Hello."]}', "speaker 'nobody' is unknown; known: none"),
         ("none.txt", None, "none.txt: cannot be read"),
     ],
@@ -126,9 +133,9 @@ def test_bad_texts(run_tool, tiny_base, tmp_path, name, content, says):
 
 def test_model_dir_needs_a_complete_base(run_tool, tmp_path):
     (tmp_path / "base").mkdir()
-    words = ["--embedding", tmp_path / "x", "--conf", "conf/tiny.yaml", f"--pretrained_dir={tmp_path / 'base'}"]
+    words = [tmp_path / "data", "--conf", "conf/tiny.yaml", f"--pretrained_dir={tmp_path / 'base'}"]
     done = run_tool("tools/make_model_dir.py", tmp_path / "model", *words, status=1)
-    one_line(done, "lacks llm.pt, flow.pt, hift.pt")
+    one_line(done, "lacks cosyvoice2.yaml, llm.pt, flow.pt, hift.pt")
     assert not (tmp_path / "model").exists()
 
 

@@ -12,7 +12,6 @@ The official CosyVoice code and tools/synthesize.py both take it as it is. What 
 """
 
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,12 +22,12 @@ import torch
 from cosyvoice_ft import checkpoint, cli, conf, text
 from cosyvoice_ft.extractors import load_archive, load_for_extraction
 from cosyvoice_ft.files import BadInput
+from cosyvoice_ft.model_dir import link, needed
 from cosyvoice_ft.synthesis import Voice, load_model, with_prompt
 from cosyvoice_ft.table import read_table
 
 # Of the base only these travel: an estimator or an encoder that was exported from it would hide the tuned weights.
 TAKEN = ("hift.pt", "campplus.onnx", "speech_tokenizer_v2.onnx", "speech_tokenizer_v2.batch.onnx")
-REQUIRED = ("llm.pt", "flow.pt", "hift.pt", "campplus.onnx", "speech_tokenizer_v2.onnx")
 PROMPT_SECONDS = (4.0, 10.0)
 
 README = """\
@@ -53,14 +52,12 @@ With the official CosyVoice code (model_dir: this folder):
 
 
 def take(source: Path, target: Path, copy: bool) -> None:
-    """Link a file, or copy it when asked or where the file system cannot link."""
+    """Link a file (see model_dir.link), or copy it when asked."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if copy:
-            raise OSError
-        os.link(source.resolve(), target)
-    except OSError:
+    if copy:
         shutil.copy2(source, target)
+    else:
+        link(source, target)
 
 
 def fill(part: Path, base: Path, tuned: dict[str, Path], settings: dict, copy: bool) -> None:
@@ -164,9 +161,7 @@ def main() -> None:
     args, overrides = cli.parse_with_conf(parser)
     settings = conf.load_conf(args.conf, overrides)
     base, out = Path(settings["pretrained_dir"]), args.model_dir
-    missing = [
-        name for name in (*REQUIRED, f"{settings['model']}.yaml", text.TOKENIZER_DIR) if not (base / name).exists()
-    ]
+    missing = [name for name in needed(settings["model"]) if not (base / name).is_file()]
     if missing:
         raise BadInput(f"{base}: lacks {', '.join(missing)}; fetch the pretrained model again")
     given = {"llm": args.llm, "flow": args.flow}

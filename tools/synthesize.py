@@ -50,7 +50,7 @@ def sentences_of(lines: list[Line], synthesizer: Synthesizer, prompt: tuple[str,
         if line.mode == "zero_shot" and not voice.prompt_text:
             raise BadInput(f"mode zero_shot needs what the prompt of '{spk}' says: --prompt_text TEXT")
         number = counts[spk, line.mode] = counts.get((spk, line.mode), 0) + 1
-        utt = f"{spk}_{line.mode}_{number:03d}"
+        utt = f"{spk}-{line.mode}-{number:03d}"  # sorted by speaker too, as Kaldi wants it
         speakers[utt] = spk
         sentences.append(Sentence(utt, line.text, voice, line.mode, line.instruction, settings["seed"]))
     return sentences, speakers
