@@ -110,7 +110,7 @@ def test_missing_inputs_are_named(run_tool, clips, base, tmp_path):
     one_line(run_tool("tools/average.py", tmp_path, status=1), "not a training; name exp/NAME/llm or exp/NAME/flow")
     (tmp_path / "llm").mkdir()
     one_line(run_tool("tools/average.py", tmp_path / "llm", status=1), "no epoch_N.pt")
-    one_line(run_tool("tools/extract_embedding.py", tmp_path / "nothing", *words, status=1), "wav.scp: cannot be read")
+    one_line(run_tool("tools/extract_embedding.py", tmp_path / "nothing", *words, status=1), "utt2spk: cannot be read")
 
 
 @pytest.mark.parametrize(
