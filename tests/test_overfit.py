@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cosyvoice_ft import audio, conf, engine
+from cosyvoice_ft import audio, conf, engine, training
 from cosyvoice_ft.extractors import SpeakerEncoder, SpeechTokenizer, load_for_extraction
 from cosyvoice_ft.models import flow, llm
 from cosyvoice_ft.synthesis import load_model
@@ -36,8 +36,10 @@ def rows(root, tiny_base):
     return found
 
 
-def settings_for(lr):
-    return {"lr": lr, "grad_clip": 5.0, "weight_decay": 0.0, "dtype": "fp32"}
+SETTINGS = {
+    "engine": "torch_ddp", "optimizer": "adamw", "lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0,
+    "grad_clip": 5.0, "dtype": "fp32", "compile": False,
+}  # fmt: skip
 
 
 def rngs(n, step):
@@ -46,11 +48,11 @@ def rngs(n, step):
 
 def test_language_model_says_the_clips_back(rows, tiny_base):
     model = load_model("llm", tiny_base, conf.load_conf(conf.CONF_DIR / "cosyvoice2.yaml"))
-    machine = engine.TorchEngine(model, settings_for(3e-3), torch.device("cpu"))
+    machine = engine.make_engine(model, SETTINGS, torch.device("cpu"))
     for step in range(150):
         batch = llm.collate(rows, rngs(4, step), layout=model.layout) | {"utts": CLIPS}
-        sums = engine.one_update(machine, [batch], 3e-3)
-        if sums["hits"] == sums["count"] and sums["loss"] / sums["count"] < 0.05:
+        sums = training.one_update(machine, [batch], 3e-3, None)
+        if sums["hits"] == batch["count"] and sums["loss"] / batch["count"] < 0.05:
             break
     model.eval()
     for row in rows:
@@ -75,10 +77,10 @@ def test_flow_draws_the_clips_again(rows, tiny_base):
     clips = torch.stack([torch.from_numpy(row["speech_feat"]).float() for row in rows])
     distance = lambda mel: (mel[None] - clips).abs().mean((1, 2))  # noqa: E731 -> (4,)
     untrained = [distance(mel_of(model.eval(), row)) for row in rows]
-    machine = engine.TorchEngine(model, settings_for(2e-3), torch.device("cpu"))
+    machine = engine.make_engine(model, SETTINGS, torch.device("cpu"))
     for step in range(250):
         batch = flow.collate(rows, rngs(4, step)) | {"utts": CLIPS}
-        engine.one_update(machine, [batch], 2e-3)
+        training.one_update(machine, [batch], 2e-3, None)
     for i, row in enumerate(rows):
         trained = distance(mel_of(model.eval(), row))
         assert trained.argmin() == i, f"{row['utt']} is nearest to {CLIPS[int(trained.argmin())]}: {trained.tolist()}"

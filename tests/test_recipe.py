@@ -62,7 +62,11 @@ def test_losses_fall(clone, walked):
 def test_model_directory_is_complete(clone, walked):
     base, model = clone / "pretrained_models/tiny-cosyvoice2", clone / "exp/tiny/model"
     names = {p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file()}
-    assert {p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file()} == names | {"spk2info.pt"}
+    assert {p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file()} == names | {
+        "spk2info.pt",
+        "model.json",
+        "README.md",
+    }
     for part in ("llm", "flow", "hift"):
         ours, theirs = checkpoint.load_weights(model / f"{part}.pt"), checkpoint.load_weights(base / f"{part}.pt")
         assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
