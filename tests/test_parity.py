@@ -155,16 +155,19 @@ class Coin:
         self.random = lambda: value
 
 
-def llm_batch(facts: Recorded, arrays: Recorded, case: str) -> dict:
+def llm_rows(arrays: Recorded) -> list[dict]:
     given = tensors(arrays, "batch.")
     lengths = zip(given["text_token_len"].tolist(), given["speech_token_len"].tolist(), strict=True)
-    rows = [
+    return [
         {"text_token": given["text_token"][i, :n].numpy(), "speech_token": given["speech_token"][i, :s].numpy()}
         for i, (n, s) in enumerate(lengths)
     ]
+
+
+def llm_batch(facts: Recorded, arrays: Recorded, case: str) -> dict:
     coins = [Coin(value) for value in facts.data["training"]["coins"][case]]
     layout = Layout(facts.data["speech_token_size"], tuple(facts.data["mix_ratio"]))
-    return llm_module.collate(rows, coins, layout=layout)
+    return llm_module.collate(llm_rows(arrays), coins, layout=layout)
 
 
 def test_llm_ids(llm):
@@ -212,18 +215,18 @@ def test_llm_training(llm, case):
     (out["loss"] / count).backward()
     facts.check(f"training.loss.{case}", out["loss"] / count, rtol=1e-5)
     facts.check(f"training.acc.{case}", out["hits"] / count, rtol=1e-6)
-    facts.check(f"training.rows_bistream.{case}", bistream_rows(batch, model.layout))
+    coins = facts.data["training"]["coins"][case]
+    bistream = [
+        coin < 0.5 and model.layout.fits_bistream(*row.values())
+        for coin, row in zip(coins, llm_rows(arrays), strict=True)
+    ]
+    facts.check(f"training.rows_bistream.{case}", bistream)
     norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
     for name, norm in norms.items():
         facts.check(f"training.grad_norm.{case}.{name}", norm, rtol=1e-4)
     assert norms.keys() == facts.data["training"]["grad_norm"][case].keys()
     facts.check(f"training.total_grad_norm.{case}", torch.stack(list(norms.values())).norm(), rtol=1e-4)
     facts.check(f"training.no_grad_params.{case}", [n for n, p in model.named_parameters() if n not in norms])
-
-
-def bistream_rows(batch: dict, layout: Layout) -> list[bool]:
-    rows = batch["target_position"] // batch["kind"].shape[1]
-    return [bool((batch["target"][rows == i] == layout.fill).any()) for i in range(len(batch["kind"]))]
 
 
 def test_llm_label_smoothing(llm):

@@ -55,13 +55,15 @@ class Layout:
         """The ids that end decoding."""
         return range(self.speech_token_size, self.speech_token_size + 3)
 
-    def row(self, text: np.ndarray, speech: np.ndarray, bistream: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (kind, index, target), each (L,), of text (Nt,) and speech (S,).
-
-        A bistream row needs more than 15/5 speech tokens a text token; others are laid out unistream.
-        """
+    def fits_bistream(self, text: np.ndarray, speech: np.ndarray) -> bool:
+        """Return whether there are more than 15/5 speech tokens a text token; other rows are laid out unistream."""
         n_text, n_speech = self.mix_ratio
-        if not (bistream and len(speech) / max(len(text), 1) > n_speech / n_text):
+        return len(speech) / max(len(text), 1) > n_speech / n_text
+
+    def row(self, text: np.ndarray, speech: np.ndarray, bistream: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (kind, index, target), each (L,), of text (Nt,) and speech (S,)."""
+        n_text, n_speech = self.mix_ratio
+        if not (bistream and self.fits_bistream(text, speech)):
             return _join([_special(SOS), _text(text), _special(TASK), _speech(speech, self.eos)])
         blocks = [_special(SOS)]
         for j in range(len(text) // n_text):
