@@ -597,6 +597,9 @@ def test_text_frontend(recorded):
             if str(case[key]).startswith("EXCEPTION"):
                 facts.exclude(f"cases.{i}.{key}", "the reference fails on a blank at the end; here it is deleted")
                 continue
+            if key == "replace_blank" and written.startswith(" "):
+                facts.exclude(f"cases.{i}.{key}", "the reference takes the last character for the one before the first")
+                continue
             facts.check(f"cases.{i}.{key}", ours[key])
 
 
