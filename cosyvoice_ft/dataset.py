@@ -82,8 +82,8 @@ def padding_share(batches: Sequence[np.ndarray], costs: np.ndarray) -> float:
 class Batches(Dataset):
     """Planned batches, read and collated on demand.
 
-    An item is collate(rows, rngs) and, beside the tensors: `rows` (utterance numbers), `utts` (their ids), `positions`
-    (sum of their costs), `padded` (longest cost * rows).
+    An item is collate(rows, rngs) and, beside the tensors: `rows` (utterance numbers), `epoch`, `utts` (their ids),
+    `positions` (sum of their costs), `padded` (longest cost * rows).
     """
 
     def __init__(
@@ -112,13 +112,9 @@ class Batches(Dataset):
         keys = [zlib.crc32(row["utt"].encode()) for row in rows]
         rngs = [np.random.default_rng([self.seed, self.epoch, key]) for key in keys]
         costs = self.costs[numbers]
-        facts = {"rows": numbers.tolist(), "utts": [row["utt"] for row in rows]}
+        facts = {"rows": numbers.tolist(), "epoch": self.epoch, "utts": [row["utt"] for row in rows]}
         facts |= {"positions": int(costs.sum()), "padded": int(costs.max()) * len(costs)}
         return self.collate(rows, rngs) | facts
-
-    def split(self, batch: dict) -> list[dict]:
-        """Read a batch again as two halves."""
-        return [self.batch(half) for half in np.array_split(batch["rows"], 2)]
 
     def row(self, i: int) -> dict:
         """Return utterance i as utt, text_token, speech_token, embedding (192,) and, if asked for, speech_feat."""

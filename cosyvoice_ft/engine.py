@@ -3,14 +3,17 @@
     forward(batch, last)     losses of a batch under autocast; `last` is the last batch of an update
     backward(loss, last)     gradients of a loss that is divided already by all positions of the update
     update(lr)               clip, step, clear -> the gradient's norm; a gradient that is not finite changes nothing
+    clear()                  forget the gradients of an update that failed
     weights()                the full float32 weights (call it on every rank)
     save(path, facts)        what resuming needs (every rank); load(path) takes it back
 
-A batch is a dict of tensors. `total` and `rank`, `world_size` serve the loop.
+A batch is a dict of tensors. `total` and `rank`, `world_size` serve the loop. Weights, gradients and losses are float32
+always; `train.dtype` is that of autocast, in which matrices are multiplied.
 """
 
 import contextlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,19 +26,16 @@ from torch import Tensor, nn
 
 from cosyvoice_ft import checkpoint
 from cosyvoice_ft.files import BadInput
+from cosyvoice_ft.ranks import world
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def world() -> tuple[int, int]:
-    """Return (rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast dtype of `train.dtype`; None is float32 throughout. Weights and losses are float32 always."""
+    """Return the autocast dtype of `train.dtype`; None is float32 throughout. auto: bf16 on a card that has it."""
     if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        name = "bf16" if fast else "fp32"
     if name not in DTYPES:
         raise BadInput(f"train.dtype: '{name}' is unknown; one of: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -61,7 +61,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
 
 
 def make_optimizer(model: nn.Module, settings: Mapping) -> torch.optim.Optimizer:
-    """Return the optimizer of `train.optimizer` over what is trained; vectors and embeddings take no weight decay."""
+    """Return the optimizer of `train.optimizer` over what is trained; vectors (biases, norms) take no weight decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings["weight_decay"]},
@@ -83,6 +83,8 @@ def make_optimizer(model: nn.Module, settings: Mapping) -> torch.optim.Optimizer
 
 class Engine:
     """What both engines share: where they run, and sums over ranks."""
+
+    saves_parts = False  # last.pt holds all of it, for any number of processes
 
     def __init__(self, model: nn.Module, settings: Mapping, device: torch.device) -> None:
         self.rank, self.world_size = world()
@@ -110,9 +112,17 @@ class Engine:
             return there.to(values.device)
         return values
 
+    def anywhere(self, here: bool) -> bool:
+        """Return whether it is so on any rank; the device is waited for."""
+        return here if self.world_size == 1 else bool(self.total(torch.full((), float(here), device=self.device)) > 0)
+
 
 class TorchEngine(Engine):
-    """One process, or one rank of DistributedDataParallel under torchrun."""
+    """One process, or one rank of several under torchrun.
+
+    DistributedDataParallel exchanges gradients while they are computed. With auto_batch they are exchanged afterwards:
+    a rank that runs out of memory would leave the others waiting in the middle.
+    """
 
     def __init__(self, model: nn.Module, settings: Mapping, device: torch.device) -> None:
         super().__init__(model, settings, device)
@@ -121,9 +131,11 @@ class TorchEngine(Engine):
         self.clip = settings["grad_clip"]
         self.optimizer = make_optimizer(model, settings)
         self.model = model
-        if self.world_size > 1:
+        self.exchange_late = self.world_size > 1 and settings["auto_batch"]
+        if self.world_size > 1 and not self.exchange_late:
             devices = [device] if device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+            options = {"device_ids": devices, "gradient_as_bucket_view": True, "broadcast_buffers": False}
+            self.model = nn.parallel.DistributedDataParallel(model, **options)
         if settings["compile"]:
             self.model = torch.compile(self.model, dynamic=True)
 
@@ -137,9 +149,15 @@ class TorchEngine(Engine):
 
     def quiet(self, last: bool) -> contextlib.AbstractContextManager:
         """Only the last batch of an update exchanges gradients with the other ranks."""
-        return contextlib.nullcontext() if last or self.world_size == 1 else self.model.no_sync()
+        alone = last or self.world_size == 1 or self.exchange_late
+        return contextlib.nullcontext() if alone else self.model.no_sync()
 
     def update(self, lr: float) -> Tensor:
+        if self.exchange_late:
+            for p in self.module.parameters():
+                if p.requires_grad:
+                    dist.all_reduce(p.grad)
+                    p.grad /= self.world_size
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -153,7 +171,6 @@ class TorchEngine(Engine):
         return norm
 
     def clear(self) -> None:
-        """Drop the gradients gathered so far."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, Tensor]:
@@ -171,29 +188,37 @@ class TorchEngine(Engine):
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO of DeepSpeed, set up from a json (conf/ds_stage2.json); lr, clipping, accumulation and dtype are the conf's.
+    """ZeRO 1 or 2 of DeepSpeed, set up from a json (conf/ds_stage2.json); all that the conf names is the conf's.
 
-    Weights stay float32 and run under autocast, so that what is saved is what the other engine saves.
+    DeepSpeed sees float32 weights and our autocast inside the model, so that what is computed and saved is what the
+    other engine computes and saves. fp16 needs its loss scaled: the scale falls after a gradient that is not finite and
+    rises slowly again.
     """
 
+    saves_parts = True
     OURS = ("optimizer", "scheduler", "gradient_clipping", "gradient_accumulation_steps", "bf16", "fp16", "amp")
-    OURS += ("train_batch_size", "train_micro_batch_size_per_gpu", "torch_autocast")
+    OURS += ("train_batch_size", "train_micro_batch_size_per_gpu", "torch_autocast", "prescale_gradients")
+    SCALE, FALL, RISE, RISE_AFTER, MOST = 2.0**12, 16.0, 2.0, 1000, 2.0**16
 
     def __init__(self, model: nn.Module, settings: Mapping, device: torch.device) -> None:
         super().__init__(model, settings, device)
+        if settings["auto_batch"]:
+            raise BadInput("train.auto_batch: only with train.engine torch_ddp; with deepspeed lower max_batch")
         try:
             import deepspeed
         except ImportError as error:
             raise BadInput("train.engine: deepspeed is not installed; pip install deepspeed, or torch_ddp") from error
         if device.type == "cpu":  # an operator of it that would be compiled, and is not needed
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.engine, self.optimizer, *_ = deepspeed.initialize(
+        model.forward = self.autocast()(model.forward)
+        self.engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=[p for p in model.parameters() if p.requires_grad],
             optimizer=make_optimizer(model, settings),
             config=self.config(settings),
             dist_init_required=False,
         )
+        self.scale, self.good = (self.SCALE if self.dtype == torch.float16 else 1.0), 0
 
     def config(self, settings: Mapping) -> dict:
         """Return the json with what the conf decides. Raises BadInput for a json that decides it as well."""
@@ -205,13 +230,15 @@ class DeepSpeedEngine(Engine):
         twice = [key for key in self.OURS if key in own]
         if twice:
             raise BadInput(f"{path}: '{twice[0]}' is set by the conf (train.*), not here; delete it from the json")
-        name = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(self.dtype)
+        stage = own.get("zero_optimization", {}).get("stage")
+        if stage not in (1, 2):
+            raise BadInput(f"{path}: zero_optimization.stage is {stage}; 1 or 2 (every process keeps all weights)")
         return own | {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": settings["grad_clip"],
             "zero_allow_untested_optimizer": True,
-            "torch_autocast": {"enabled": name is not None, "dtype": name or "bfloat16"},
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on the CPU as well
         }
 
     def forward(self, batch: Mapping[str, Any], *, last: bool = True) -> dict[str, Tensor]:
@@ -219,13 +246,24 @@ class DeepSpeedEngine(Engine):
         return self.engine(**self.to_device(batch))
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        self.engine.optimizer.override_loss_scale(self.scale)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def update(self, lr: float) -> Tensor:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        return torch.as_tensor(float(self.engine.get_global_grad_norm() or 0.0))
+        norm = float(self.engine.get_global_grad_norm())
+        if self.dtype == torch.float16:
+            self.adapt_scale(math.isfinite(norm))
+        return torch.tensor(norm)
+
+    def adapt_scale(self, finite: bool) -> None:
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.scale = max(self.scale / self.FALL, 1.0)
+        elif self.good % self.RISE_AFTER == 0:
+            self.scale = min(self.scale * self.RISE, self.MOST)
 
     def clear(self) -> None:
         self.engine.optimizer.zero_grad()
@@ -235,12 +273,15 @@ class DeepSpeedEngine(Engine):
 
     def save(self, path: Path, facts: Mapping) -> None:
         """Every rank writes its part below `<path>.deepspeed/`; `path` itself names the part that is complete."""
-        folder, tag = path.with_suffix(".deepspeed"), f"update_{facts['step']}"
-        self.engine.save_checkpoint(str(folder), tag=tag, client_state={"facts": dict(facts)}, save_latest=False)
+        folder, tag = path.with_suffix(".deepspeed"), f"after_{facts['epoch']}_epochs_{facts['done']}_updates"
+        try:
+            self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
+            raise BadInput(f"{folder / tag}: cannot be written ({error}); free space or fix permissions") from error
         dist.barrier()
         if self.rank == 0:
-            checkpoint.save(path, {"deepspeed": tag, "facts": dict(facts)})
-            for old in folder.glob("update_*"):
+            checkpoint.save(path, {"deepspeed": tag, "scale": [self.scale, self.good], "facts": dict(facts)})
+            for old in folder.iterdir():
                 if old.name != tag:
                     shutil.rmtree(old)
 
@@ -249,6 +290,7 @@ class DeepSpeedEngine(Engine):
         found, _ = self.engine.load_checkpoint(str(path.with_suffix(".deepspeed")), tag=state["deepspeed"])
         if found is None:
             raise BadInput(f"{path}: its part {state['deepspeed']} is missing; start again with --fresh")
+        self.scale, self.good = state["scale"]
 
 
 ENGINES = {"torch_ddp": TorchEngine, "deepspeed": DeepSpeedEngine}

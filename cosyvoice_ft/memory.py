@@ -1,20 +1,25 @@
-"""What a training will need, said before its first step: measured on one small batch, then scaled to a full one."""
+"""What a training will need, said before its first step: measured on a few utterances, then scaled to a full batch."""
 
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from cosyvoice_ft.engine import Engine
+
+# Multiply-adds of dense bf16 matrices, in 10^12 operations a second, from the makers' data sheets.
+PEAK = {"H200": 989, "H100": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10": 125}
+PEAK |= {"RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX 3080": 60, "RTX 6000 Ada": 364, "RTX A6000": 155}
 
 
 def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def activation_bytes(engine: Engine, batch: dict) -> int:
-    """Return the bytes that the forward pass of `batch` keeps for its backward pass, parameters not among them."""
+def forward_cost(engine: Engine, batch: dict) -> tuple[int, int]:
+    """Run `batch` forward; return the bytes kept for the backward pass, weights not among them, and the operations."""
     own = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
     kept: dict[int, int] = {}
 
@@ -25,9 +30,12 @@ def activation_bytes(engine: Engine, batch: dict) -> int:
         return tensor
 
     engine.module.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        engine.forward(batch)
-    return sum(kept.values())
+    counter, inputs = FlopCounterMode(display=False), engine.to_device(batch)
+    keep = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with keep, counter, engine.autocast():
+        out = engine.module(**inputs)  # `out` holds the graph, and so every tensor in `kept`, until here
+    del out
+    return sum(kept.values()), counter.get_total_flops()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -39,18 +47,34 @@ def free_bytes(device: torch.device) -> int:
     return int(facts["MemAvailable"].split()[0]) * 1024
 
 
-def report(engine: Engine, batch: dict, max_batch: int) -> str:
-    """Return the estimate as a line: what is there already, what a full batch adds, and what is free."""
+def report(engine: Engine, small: dict, larger: dict, max_batch: int, optimizer: str) -> tuple[str, float | None]:
+    """Return a line (what is there, what a full batch adds, what is free) and positions a second at the card's peak.
+
+    small and larger are batches of different size: their difference leaves out what does not grow with a batch, such
+    as the copies of the weights in the dtype of autocast. The second is None where the peak is not known.
+    """
     parameters = list(engine.module.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    weights, grads = bytes_of(parameters), bytes_of(trained)
-    states = 2 * grads  # two moments
-    activations = activation_bytes(engine, batch) * max_batch / batch["padded"]
+    weights, grads = bytes_of(parameters), bytes_of(p for p in parameters if p.requires_grad)
+    states = grads // 2 if optimizer == "adamw8bit" else 2 * grads  # two moments
+    (bytes_small, work_small), (bytes_larger, work_larger) = (forward_cost(engine, batch) for batch in (small, larger))
+    more = max(larger["padded"] - small["padded"], 1)
+    activations = max(bytes_small + (bytes_larger - bytes_small) / more * (max_batch - small["padded"]), 0)
     need, free = grads + states + activations, free_bytes(engine.device)
     parts = {"weights": weights, "gradients": grads, "optimizer": states, f"activations at {max_batch}": activations}
     said = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     warning = " NOT ENOUGH: lower max_batch, or set train.checkpointing or train.freeze" if need > free else ""
-    return f"memory, GB: {said}; to come {need / 1e9:.2f}, free {free / 1e9:.2f}{warning}"
+    line = f"memory, GB: {said}; to come {need / 1e9:.2f}, free {free / 1e9:.2f}{warning}"
+    work = 3 * (work_larger - work_small) / more  # a position; backward is two forwards
+    return line, peak_of(engine.device) / work if work > 0 and peak_of(engine.device) else None
+
+
+def peak_of(device: torch.device) -> float | None:
+    """Return the operations a second of a known card."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = [card for card in PEAK if card in name]
+    return PEAK[max(found, key=len)] * 1e12 if found else None
 
 
 def recompute(layers: list[nn.Module]) -> None:

@@ -1,18 +1,22 @@
 """The training loop, one for llm and flow.
 
 A batch holds the model's tensors and, beside them, `utts` (ids), `count` (valid positions, known before the forward
-pass) and `positions` (what a reader counts: tokens or frames). The model returns `loss`, the sum over the valid
-positions, and may return further sums (`hits`). An update minimises
+pass), `positions` (what a reader counts: tokens or frames) and `padded` (the same with padding). The model returns
+`loss`, the sum over the valid positions, and may return further sums (`hits`). An update minimises
 
     sum of the losses of all batches of the update and of all ranks / number of their valid positions
 
 so it is the same update however it is split over ranks and batches; this mean is also what is logged. Dropout is seeded
-by (seed, update, rank) and all other draws come in the batch, so a run that was killed and goes on from last.pt ends
-with the weights of one that never stopped.
+by (seed, epoch, update, rank) and all other draws come in the batch, so a run that was killed and goes on from last.pt
+ends with the weights of one that never stopped.
+
+Nothing is read back from the device between two lines of the log: losses, norms and whether an update was finite are
+gathered there. An update whose gradient is not finite changes nothing and does not count as a step.
 """
 
 import dataclasses
 import math
+import resource
 import shutil
 import time
 import traceback
@@ -29,8 +33,8 @@ from cosyvoice_ft.engine import Engine
 from cosyvoice_ft.files import BadInput
 
 # Settings of a training that may differ when it goes on: they do not change what an update is.
-FREE = ("max_epoch", "patience", "log_every", "save_minutes", "num_workers", "keep_best", "keep_last", "listen_seconds")
-FREE += ("auto_batch", "max_bad_steps", "deepspeed")
+FREE = ("max_epoch", "patience", "log_every", "save_minutes", "num_workers", "keep_best", "keep_last", "swanlab")
+FREE += ("listen_seconds", "listen_sentences", "auto_batch", "max_bad_steps", "deepspeed", "checkpointing", "compile")
 
 
 @dataclass
@@ -38,10 +42,11 @@ class Progress:
     """Where a training stands; `step` counts updates."""
 
     epoch: int = 0  # finished
-    done: int = 0  # updates of the epoch under way
-    step: int = 0  # updates in all
-    bad: int = 0  # updates in a row whose gradient was not finite
+    done: int = 0  # updates of the epoch under way, those included that were skipped
+    step: int = 0  # updates in all, without those
+    bad: int = 0  # updates skipped in a row
     sums: dict[str, float] = field(default_factory=dict)  # of the epoch under way
+    cv: list[float] = field(default_factory=list)  # loss after each epoch
 
 
 @dataclass
@@ -59,6 +64,9 @@ class Task:
     writer: object | None = None  # a SummaryWriter
     split: Callable[[dict], list[dict]] | None = None  # a batch -> two halves, for auto_batch
     listen: Callable[[int], None] | None = None  # (epoch): speak the conf's sentences
+    begun: Callable[[], None] | None = None  # called when it is clear that the folder holds no other training
+    peak: float | None = None  # positions a second if the card did nothing but multiply
+    too_large: float = math.inf  # padded positions for which memory was too small
 
 
 def train(engine: Engine, task: Task) -> Progress:
@@ -68,13 +76,15 @@ def train(engine: Engine, task: Task) -> Progress:
     are not finite, when memory or disk is too small.
     """
     last, progress = task.folder / "last.pt", Progress()
-    check_disk(engine, task.folder)
     if last.is_file():
         progress = resume(engine, task, last)
     if reason := finished(progress, task):
         task.log(f"finished already: {reason}")
         return progress
-    if progress.step == 0:
+    check_disk(engine, task.folder)
+    if task.begun and engine.rank == 0:
+        task.begun()
+    if progress.epoch == progress.done == 0:
         end_of_epoch(engine, task, progress, last)  # epoch 0: the base model
     while not finished(progress, task):
         train_epoch(engine, task, progress, last)
@@ -88,34 +98,37 @@ def train_epoch(engine: Engine, task: Task, progress: Progress, last: Path) -> N
     accum, epoch = task.settings["accum_grad"], progress.epoch + 1
     meter, saved = Meter(engine, task, progress), time.monotonic()
     for group in updates(task.batches(epoch, progress.done * accum), accum):
-        torch.manual_seed(int(np.random.SeedSequence([task.seed, progress.step, engine.rank]).generate_state(1)[0]))
+        key = [task.seed, epoch, progress.done, engine.rank]
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         sums = one_update(engine, group, task.learning_rate(progress.step), task)
         progress.step += 1
         progress.done += 1
         if meter.add(sums, group) and task.settings["save_minutes"]:
-            due = float(engine.rank == 0 and time.monotonic() - saved > 60 * task.settings["save_minutes"])
-            if engine.total(torch.tensor(due)) > 0:
-                engine.save(last, facts_of(progress, task))
+            due = engine.rank == 0 and time.monotonic() - saved > 60 * task.settings["save_minutes"]
+            if engine.anywhere(due):
+                check_disk(engine, task.folder)
+                save(engine, task, progress, last)
                 saved = time.monotonic()
     meter.settle()
 
 
 def end_of_epoch(engine: Engine, task: Task, progress: Progress, last: Path) -> None:
     """Validate, save the epoch and where the run stands, then speak. Epoch 0, the base model, is not saved."""
-    trained, progress.sums, progress.done = progress.sums, {}, 0
-    if progress.step:
-        progress.epoch += 1
+    trained = progress.done > 0
     cv = validate(engine, task.cv)
+    progress.epoch += trained
     task.log(f"epoch {progress.epoch} CV " + " ".join(f"{key} {value:.4f}" for key, value in cv.items()))
     if task.writer:
         for key, value in cv.items():
             task.writer.add_scalar(f"cv/{key}", value, progress.step)
-    if progress.step:
+    if trained:
+        facts = {"step": progress.step, "cv": cv, "train": means(progress.sums)}
+        progress.cv, progress.sums, progress.done = [*progress.cv, cv["loss"]], {}, 0
+        check_disk(engine, task.folder)
         weights = engine.weights()
         if engine.rank == 0:
-            facts = {"step": progress.step, "cv": cv, "train": means(trained)}
             checkpoint.save_epoch(task.folder, progress.epoch, weights, facts)
-        engine.save(last, facts_of(progress, task))
+        save(engine, task, progress, last)
         prune(engine, task)
     if task.listen:
         try:
@@ -124,15 +137,18 @@ def end_of_epoch(engine: Engine, task: Task, progress: Progress, last: Path) -> 
             task.log(f"speaking after epoch {progress.epoch} failed, training goes on:\n{traceback.format_exc()}")
 
 
+def save(engine: Engine, task: Task, progress: Progress, last: Path) -> None:
+    """Write last.pt: everything that going on needs."""
+    engine.save(last, dataclasses.asdict(progress) | {"identity": dict(task.identity)})
+
+
 def finished(progress: Progress, task: Task) -> str | None:
     """Return why a training ends here, or None."""
-    losses = {epoch: facts["cv"]["loss"] for epoch, facts in checkpoint.facts(task.folder).items()}
-    losses = {epoch: loss for epoch, loss in losses.items() if epoch <= progress.epoch}
-    best = min(losses, key=losses.get, default=0)
+    best = 1 + min(range(len(progress.cv)), key=progress.cv.__getitem__, default=-1)
     if progress.epoch >= task.settings["max_epoch"]:
         return f"{progress.epoch} epochs, {progress.step} updates; lowest CV loss after epoch {best}"
     patience = task.settings["patience"]
-    if patience and progress.done == 0 and progress.epoch - best >= patience and best:
+    if patience and progress.done == 0 and progress.cv and progress.epoch - best >= patience:
         return f"CV loss has not fallen for {patience} epochs (train.patience); it was lowest after epoch {best}"
     return None
 
@@ -153,33 +169,59 @@ def one_update(engine: Engine, group: list[dict], lr: float, task: Task) -> dict
     """Forward and backward over the batches of one update, then the optimizer.
 
     Returns this rank's sums and the gradient's norm, still on the device. Out of memory with auto_batch: the batches
-    are halved and the same update is computed again.
+    are halved and the same update is computed again, on all ranks.
     """
     engine.module.train()
-    total = engine.total(torch.tensor(sum(batch["count"] for batch in group), device=engine.device))
-    try:
-        sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(group):
-            last = i == len(group) - 1
-            out = engine.forward(batch, last=last)
-            engine.backward(out["loss"] * (engine.world_size / total), last=last)  # ranks are averaged
-            for key, value in out.items():
-                sums[key] = sums.get(key, 0) + value.detach()
-        return sums | {"grad_norm": engine.update(lr)}
-    except torch.OutOfMemoryError as error:
+    count = sum(batch["count"] for batch in group)
+    total = engine.total(torch.full((), count, dtype=torch.float32, device=engine.device))
+    batches = halved(group, task) if task.too_large < math.inf else group
+    while True:
+        sums, short = {}, None
+        try:
+            for i, batch in enumerate(batches):
+                last = i == len(batches) - 1
+                out = engine.forward(batch, last=last)
+                engine.backward(out["loss"] * (engine.world_size / total), last=last)  # ranks are averaged
+                for key, value in out.items():
+                    sums[key] = sums.get(key, 0) + value.detach()
+        except torch.OutOfMemoryError as error:
+            short = batch["padded"]
+            check_memory(task, batch, error)
+        if not (task.settings["auto_batch"] and engine.anywhere(short is not None)):
+            return sums | {"grad_norm": engine.update(lr)}
+        out = None  # what failed must be gone before memory is given back
         engine.clear()
-        return one_update(engine, smaller(group, task, error), lr, task)
+        if short is not None:
+            task.too_large = min(task.too_large, short)
+            task.log(f"out of memory at {short} positions: such batches are halved from now on; lower max_batch")
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        batches = halved(group, task)
 
 
-def smaller(group: list[dict], task: Task, error: torch.OutOfMemoryError) -> list[dict]:
-    """Return the batches of an update halved. Raises BadInput with the key to lower where that is not to be done."""
-    limit = task.settings["max_batch"]
-    if not (task.settings["auto_batch"] and task.split) or max(len(batch["utts"]) for batch in group) < 2:
-        part = task.settings["part"]
-        raise BadInput(f"out of memory; lower train.{part}.max_batch from {limit} to {limit * 2 // 3}") from error
-    torch.cuda.empty_cache()
-    task.log(f"out of memory: this update again with batches of half the size; max_batch {limit} is too large")
-    return [half for batch in group for half in (task.split(batch) if len(batch["utts"]) > 1 else [batch])]
+def check_memory(task: Task, batch: dict, error: torch.OutOfMemoryError) -> None:
+    """Raise BadInput with the key to change, unless auto_batch goes on with less."""
+    part, limit = task.settings["part"], task.settings["max_batch"]
+    if not task.settings["auto_batch"]:
+        key, least = f"train.{part}.max_batch", min(limit, batch["padded"])
+        say = f"lower {key} from {limit} to {least * 2 // 3}, or set train.auto_batch or train.checkpointing"
+    elif len(batch["utts"]) < 2:
+        say = f"for {batch['utts'][0]} alone, of {batch['padded']} positions; leave it out, or set train.checkpointing"
+    else:
+        return
+    raise BadInput(f"out of memory: {say}") from error
+
+
+def halved(group: list[dict], task: Task) -> list[dict]:
+    """Return the batches with those that memory was too small for cut in halves until it is not."""
+    small, queue = [], list(group)
+    while queue:
+        batch = queue.pop(0)
+        if batch["padded"] < task.too_large or len(batch["utts"]) < 2:
+            small.append(batch)
+        else:
+            queue = task.split(batch) + queue
+    return small
 
 
 def validate(engine: Engine, cv: Mapping[str, Callable[[], Iterable[dict]]]) -> dict[str, float]:
@@ -217,8 +259,7 @@ class Meter:
 
     def add(self, sums: dict[str, Tensor], group: list[dict]) -> bool:
         """Take an update; return whether the window was full and has been told."""
-        light = [{key: batch[key] for key in ("utts", "count", "positions", "padded")} for batch in group]
-        self.window.append((sums, light))
+        self.window.append((sums, group))
         if len(self.window) < self.task.settings["log_every"]:
             return False
         self.settle()
@@ -229,56 +270,63 @@ class Meter:
         if not self.window:
             return
         norms = torch.stack([sums.pop("grad_norm").float() for sums, _ in self.window]).tolist()
-        good = [(sums, group) for (sums, group), norm in zip(self.window, norms, strict=True) if math.isfinite(norm)]
-        keys = list(self.window[0][0])
-        batches = [batch for _, group in good for batch in group]
-        local = [sum(float(batch[key]) for batch in batches) for key in ("count", "positions", "padded")]
-        sums = [sum((sums[key].double() for sums, _ in good), torch.zeros((), dtype=torch.double)) for key in keys]
-        values = torch.cat([torch.stack([value.cpu() for value in sums]), torch.tensor(local, dtype=torch.double)])
-        totals = dict(zip([*keys, "count", "positions", "padded"], self.engine.total(values).tolist(), strict=True))
+        good = [pair for pair, norm in zip(self.window, norms, strict=True) if math.isfinite(norm)]
+        self.progress.step -= len(norms) - len(good)
         if good:
-            self.tell(totals, norms)
+            self.tell(self.totals(good), [norm for norm in norms if math.isfinite(norm)])
         self.check(norms)
         self.window, self.start = [], time.monotonic()
 
+    def totals(self, good: list[tuple[dict, list[dict]]]) -> dict[str, float]:
+        """Return the sums of these updates over all ranks."""
+        keys, facts = list(good[0][0]), ("count", "positions", "padded")
+        sums = [sum(sums[key].double() for sums, _ in good).cpu() for key in keys]
+        counts = [float(sum(batch[key] for _, group in good for batch in group)) for key in facts]
+        values = torch.cat([torch.stack(sums), torch.tensor(counts, dtype=torch.double)])
+        return dict(zip([*keys, *facts], self.engine.total(values).tolist(), strict=True))
+
     def tell(self, totals: Mapping[str, float], norms: list[float]) -> None:
-        progress, store = self.progress, self.progress.sums
+        progress, task = self.progress, self.task
         for key, value in totals.items():
-            store[key] = store.get(key, 0.0) + value
-        finite = [norm for norm in norms if math.isfinite(norm)]
+            progress.sums[key] = progress.sums.get(key, 0.0) + value
+        rate = totals["positions"] / (time.monotonic() - self.start)
         facts = means(totals) | {
-            "grad_norm": sum(finite) / len(finite),
-            "lr": self.task.learning_rate(progress.step - 1),
-            f"{self.task.settings['unit']}_per_s": totals["positions"] / (time.monotonic() - self.start),
+            "grad_norm": sum(norms) / len(norms),
+            "lr": task.learning_rate(progress.step - 1),
+            f"{task.settings['unit']}_per_s": rate,
             "padding": 1 - totals["positions"] / totals["padded"],
+            "memory_gb": peak_memory(self.engine.device) / 1e9,
         }
-        if self.engine.device.type == "cuda":
-            facts["memory_gb"] = torch.cuda.max_memory_allocated(self.engine.device) / 1e9
+        if task.peak:
+            facts["mfu"] = rate / (task.peak * self.engine.world_size)
         said = " ".join(f"{key} {value:.4g}" for key, value in facts.items())
-        self.task.log(f"epoch {progress.epoch + 1} step {progress.step} {said}")
-        if self.task.writer:
+        task.log(f"epoch {progress.epoch + 1} step {progress.step} {said}")
+        if task.writer:
             for key, value in facts.items():
-                self.task.writer.add_scalar(f"train/{key}", value, progress.step)
+                task.writer.add_scalar(f"train/{key}", value, progress.step)
 
     def check(self, norms: list[float]) -> None:
-        limit, progress = self.task.settings["max_bad_steps"], self.progress
+        """Count the updates that were skipped; stop at too many in a row, with the last one's batches on disk."""
+        limit, progress, rank = self.task.settings["max_bad_steps"], self.progress, self.engine.rank
+        if bad := sum(not math.isfinite(norm) for norm in norms):
+            self.task.log(f"{bad} of the last {len(norms)} updates skipped: their gradient was not finite")
         for norm, (_, group) in zip(norms, self.window, strict=True):
             progress.bad = 0 if math.isfinite(norm) else progress.bad + 1
             if progress.bad >= limit:
-                utts = [utt for batch in group for utt in batch["utts"]]
-                checkpoint.save(self.task.folder / "bad_batch.pt", {"step": progress.step, "utts": utts})
+                path = self.task.folder / ("bad_batch.pt" if rank == 0 else f"bad_batch_rank{rank}.pt")
+                checkpoint.save(path, {"step": progress.step, "batches": group})
+                utts = " ".join(utt for batch in group for utt in batch["utts"])
                 raise BadInput(
-                    f"the gradient was not finite {limit} times in a row, last with {' '.join(utts)} (bad_batch.pt); "
-                    "lower train.lr, or listen to these recordings"
+                    f"the gradient was not finite {limit} times in a row, last with {utts} (kept in {path}); lower "
+                    "train.lr, or listen to these recordings"
                 )
-        bad = sum(not math.isfinite(norm) for norm in norms)
-        if bad:
-            self.task.log(f"{bad} of the last {len(norms)} updates skipped: their gradient was not finite")
 
 
-def facts_of(progress: Progress, task: Task) -> dict:
-    """Return what last.pt says beside the tensors."""
-    return dataclasses.asdict(progress) | {"identity": dict(task.identity)}
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that were in use at once so far, on the card or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def resume(engine: Engine, task: Task, last: Path) -> Progress:
@@ -286,7 +334,7 @@ def resume(engine: Engine, task: Task, last: Path) -> Progress:
     facts = checkpoint.load(last)["facts"]
     theirs, ours = facts.pop("identity"), task.identity
     keys = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
-    if keys == ["processes"] and facts["done"] == 0:
+    if keys == ["processes"] and facts["done"] == 0 and not engine.saves_parts:
         keys = []  # between two epochs another number of processes may take over
     if keys:
         changes = "; ".join(f"{key} was {theirs.get(key)}, is {ours.get(key)}" for key in sorted(keys))
@@ -307,10 +355,8 @@ def prune(engine: Engine, task: Task) -> None:
     if engine.rank:
         return
     found = sorted(checkpoint.epochs(task.folder))
-    keep = set(checkpoint.best_epochs(task.folder, task.settings["keep_best"])) | set(
-        found[-task.settings["keep_last"] :]
-    )
-    for epoch in set(found) - keep:
+    last = found[max(len(found) - task.settings["keep_last"], 0) :]
+    for epoch in set(found) - {*last, *checkpoint.best_epochs(task.folder, task.settings["keep_best"])}:
         (task.folder / f"epoch_{epoch}.pt").unlink()
 
 

@@ -26,11 +26,12 @@ FLOORS = {
     "corpus": {"files", "audio", "table", "jobs"},
     "dataset": {"files", "shards"},
     "texts": {"files"},
+    "ranks": {"files"},
     "memory": {"engine"},
     "training": {"files", "checkpoint", "engine"},
-    "listening": {"audio", "checkpoint", "engine", "shards", "synthesis"},
+    "listening": {"audio", "checkpoint", "engine", "shards", "synthesis", "table", "texts"},
     "checkpoint": {"files", "conf"},
-    "engine": {"files", "checkpoint"},
+    "engine": {"files", "checkpoint", "ranks"},
     "synthesis": {"files", "models", "audio", "text", "conf", "checkpoint"},
 }
 

@@ -8,14 +8,16 @@ writes  OUT/epoch_N.pt (weights only), OUT/epoch_N.yaml (losses), OUT/last.pt, O
         OUT/tensorboard
 
 Goes on from OUT/last.pt when settings and data are still those of the run; says so when it is finished; else stops and
-shows what differs. --fresh starts anew (OUT becomes OUT.1). --dry_run builds everything, computes one batch and says
-what it takes. Several cards: torchrun --nproc_per_node 2 tools/train.py ...
+shows what differs. --fresh starts anew (OUT becomes OUT.1). --dry_run builds everything, computes one batch, says what
+it takes and writes nothing. Several cards: torchrun --nproc_per_node 2 tools/train.py ...
 """
 
+import argparse
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,14 +26,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
-from cosyvoice_ft import cli, conf, dataset, device, engine, listening, memory, training
-from cosyvoice_ft.files import BadInput, fingerprint, whole
+from cosyvoice_ft import cli, conf, dataset, device, engine, listening, memory, ranks, training
+from cosyvoice_ft.files import BadInput, fingerprint, lock, whole
 from cosyvoice_ft.models import flow, llm
 from cosyvoice_ft.schedules import schedule
 from cosyvoice_ft.shards import Shards
 from cosyvoice_ft.synthesis import load_model
 from cosyvoice_ft.text import Tokenizer
+
+SPEAKING = ("sampling", "min_token_text_ratio", "max_token_text_ratio", "inference_cfg_rate", "n_timesteps")
+TEXT_EMBEDDING = r"^llm\.model\.model\.embed_tokens\."  # 136 of the 506 M parameters
 
 
 class Data:
@@ -60,7 +66,7 @@ class Data:
 
     def plan(self, epoch: int, shuffle: bool) -> list[np.ndarray]:
         """Return this rank's batches as utterance numbers."""
-        rank, world = engine.world()
+        rank, world = ranks.world()
         options = {"max_batch": self.options["max_batch"], "seed": self.seed, "world_size": world}
         return dataset.plan(self.costs, self.groups, epoch=epoch, shuffle=shuffle, **options)[rank::world]
 
@@ -70,8 +76,16 @@ class Data:
         draws = {"with_mel": self.part == "flow", "seed": self.seed, "epoch": epoch}
         return dataset.Batches(self.shards, numbers, collate, self.costs, **draws)
 
-    def train(self, epoch: int, skip: int) -> torch.utils.data.DataLoader:
-        return self.load(self.batches(self.plan(epoch, shuffle=True)[skip:], epoch))
+    def train(self, epoch: int, skip: int) -> Iterable[dict]:
+        """Return this rank's batches of an epoch after the first `skip`, under a bar."""
+        batches = self.batches(self.plan(epoch, shuffle=True)[skip:], epoch)
+        loader, rank = self.load(batches), ranks.world()[0]
+        return loader if rank else cli.progress(loader, len(batches), f"epoch {epoch}", "batch")
+
+    def split(self, batch: dict) -> list[dict]:
+        """Read a batch again as two halves."""
+        batches = self.batches([], batch["epoch"])
+        return [batches.batch(half) for half in np.array_split(batch["rows"], 2)]
 
     def cv(self, streaming: bool) -> torch.utils.data.DataLoader:
         epoch = dataset.CV_EPOCH
@@ -81,37 +95,41 @@ class Data:
         return dataset.load(batches, self.options["num_workers"], torch.cuda.is_available())
 
 
-def identity(part: str, settings: Mapping, data: Data, base: Path) -> dict:
+def identity(part: str, settings: Mapping, options: Mapping, train: Data, dev: Data, base: Path) -> dict:
     """Return, flat, what makes this training this one; see training.resume."""
-    own = {key: value for key, value in conf.training_settings(settings, part).items() if key not in training.FREE}
     return {
-        **{f"train.{key}": value for key, value in own.items()},
-        **{f"{part}.{key}": value for key, value in settings[part].items()},
+        **{f"train.{key}": value for key, value in options.items() if key not in training.FREE},
+        **{f"{part}.{key}": value for key, value in settings[part].items() if key not in SPEAKING},
         "model": settings["model"],
         "seed": settings["seed"],
-        "data": data.shards.fingerprint(),
-        "base": fingerprint(base),
-        "processes": engine.world()[1],
+        "the data of train": train.shards.fingerprint(),
+        "the data of dev": dev.shards.fingerprint(),
+        f"the base's {part}.pt": fingerprint(base / f"{part}.pt"),
+        "processes": ranks.world()[1],
     }
 
 
-def start_processes(name: str) -> torch.device:
-    """Return this rank's device, joined with the others when torchrun started several."""
-    where = device.torch_device(name)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or "RANK" in os.environ:
-        if where.type == "cuda":
-            where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(where)
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-    return where
+def frozen_names(part: str, patterns: list[str] | None, where: torch.device) -> list[str]:
+    """Return `train.freeze`; where it is not set, the text embedding on a card under 16 GB, which it would not fit."""
+    if patterns is None:
+        small = where.type == "cuda" and torch.cuda.get_device_properties(where).total_memory < 15 * 2**30
+        return [TEXT_EMBEDDING] if small and part == "llm" else []
+    return patterns
+
+
+def repeatable() -> None:
+    """Let CUDA use algorithms only whose result does not depend on the order of its threads."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
 
 
 def logger(path: Path, rank: int) -> Callable[[str], None]:
-    """Return log(line): to the screen and, with the time, to a file; rank 0 only."""
+    """Return log(line): to the screen, above the bar, and, with the time, to a file; rank 0 only."""
 
     def log(line: str) -> None:
         if rank == 0:
-            print(line, flush=True)
+            tqdm.write(line)
+            sys.stdout.flush()
             with open(path, "a", encoding="utf-8") as file:
                 file.write(f"{datetime.now():%F %T} {line}\n")
 
@@ -129,7 +147,7 @@ def step_aside(out: Path) -> None:
 
 
 def summary_writer(folder: Path, project: str | None):
-    """Return a TensorBoard writer, mirrored to SwanLab when `project` names one."""
+    """Return a TensorBoard writer, mirrored to SwanLab when `project` names one. Raises BadInput without swanlab."""
     from torch.utils.tensorboard import SummaryWriter
 
     if project:
@@ -146,18 +164,96 @@ def summary_writer(folder: Path, project: str | None):
 
 def dry_run(machine: engine.Engine, data: Data, log: Callable[[str], None]) -> None:
     """Compute one batch forward and backward. Raises BadInput for a loss that is not finite."""
-    batches = data.batches(data.plan(1, shuffle=True)[:1], epoch=1)
-    batch = batches[0]
+    batch = data.batches(data.plan(1, shuffle=True)[:1], epoch=1)[0]
     shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, torch.Tensor)}
     log(f"dry run: {len(batch['utts'])} utterances, {shapes}")
     machine.module.train()
     out = machine.forward(batch)
     loss = out["loss"] / batch["count"]
-    machine.backward(loss)
-    without = [name for name, p in machine.module.named_parameters() if p.requires_grad and p.grad is None]
-    log(f"dry run: loss {float(loss):.4f}, parameters without gradient: {' '.join(without) or 'none'}")
     if not torch.isfinite(loss):
         raise BadInput(f"dry run: the loss of {' '.join(batch['utts'])} is not finite")
+    loss.backward()
+    without = [name for name, p in machine.module.named_parameters() if p.requires_grad and p.grad is None]
+    log(
+        f"dry run: loss {float(loss):.4f}, parameters without gradient: {' '.join(without) or 'none'}, peak memory "
+        f"{training.peak_memory(machine.device) / 1e9:.2f} GB"
+    )
+
+
+def describe(model: nn.Module, part: str, train: Data, dev: Data) -> str:
+    """Return the sizes of model and data as a line."""
+    parameters = list(model.parameters())
+    count, frozen = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if not p.requires_grad)
+    plan = train.plan(1, shuffle=True)
+    return (
+        f"{part}: {count / 1e6:.1f} M parameters, {frozen / 1e6:.1f} M frozen; {len(train.shards)} + {len(dev.shards)} "
+        f"utterances, {len(plan)} batches an epoch, padding {dataset.padding_share(plan, train.costs):.1%}"
+    )
+
+
+def estimate(machine: engine.Engine, data: Data) -> tuple[str, float | None]:
+    """Return what memory.report says of a full batch."""
+    rows = data.plan(1, shuffle=True)[0][:2]
+    batches = data.batches([], epoch=1)
+    longer = max(rows, key=lambda row: data.costs[row])
+    options = data.options
+    return memory.report(
+        machine,
+        batches.batch(np.array([longer])),
+        batches.batch(np.array([longer, longer])),
+        options["max_batch"],
+        options["optimizer"],
+    )
+
+
+def train(args: argparse.Namespace, settings: dict, where: torch.device) -> None:
+    """Build everything and train, or try one batch of it."""
+    rank, world = ranks.world()
+    options = conf.training_settings(settings, args.part)
+    options["freeze"] = frozen_names(args.part, options["freeze"], where)
+    log = logger(Path(os.devnull) if args.dry_run else args.out / "train.log", rank)
+    log(f"{' '.join(sys.argv)}   commit {commit()}   seed {settings['seed']}   {options}")
+    log(f"{device.describe(where)}, python {sys.version.split()[0]}, numpy {np.__version__}, {world} processes")
+
+    base = Path(settings["pretrained_dir"])
+    conf.check_model_yaml(settings, base)
+    model = load_model(args.part, base, settings)
+    engine.freeze(model, options["freeze"])
+    if options["checkpointing"]:
+        memory.recompute(model.layers())
+    train_data, dev_data = (Data(args.data / name, args.part, model, settings) for name in ("train", "dev"))
+    learning_rate = schedule(options)
+    machine = engine.make_engine(model, options, where)
+    log(describe(model, args.part, train_data, dev_data))
+    line, peak = estimate(machine, train_data)
+    log(line)
+    if args.dry_run:
+        dry_run(machine, train_data, log)
+        return
+    task = training.Task(
+        settings=options | {"part": args.part, "unit": {"llm": "tokens", "flow": "frames"}[args.part]},
+        identity=identity(args.part, settings, options, train_data, dev_data, base),
+        batches=train_data.train,
+        cv={"full": partial(dev_data.cv, False), "streaming": partial(dev_data.cv, True)},
+        learning_rate=learning_rate,
+        folder=args.out,
+        seed=settings["seed"],
+        log=log,
+        writer=summary_writer(args.out, options["swanlab"]) if rank == 0 else None,
+        split=train_data.split,
+        listen=listening.Listener(args.part, machine, settings, args.data, args.out, log).speak,
+        peak=peak if machine.dtype == torch.bfloat16 else None,
+        begun=partial(save_conf, args.out, settings),
+    )
+    training.train(machine, task)
+    if task.writer:
+        task.writer.close()
+
+
+def save_conf(out: Path, settings: Mapping) -> None:
+    """Write OUT/conf.yaml: all settings of the run, as stages 6 and 7 read them."""
+    with whole(out / "conf.yaml") as part:
+        part.write_text(conf.to_yaml(settings), encoding="utf-8")
 
 
 def main() -> None:
@@ -170,57 +266,19 @@ def main() -> None:
     args, overrides = cli.parse_with_conf(parser)
     settings = conf.load_conf(args.conf, overrides)
     options = conf.training_settings(settings, args.part)
-    options |= {"part": args.part, "unit": {"llm": "tokens", "flow": "frames"}[args.part]}
-    where = start_processes(settings["device"])
-    rank, world = engine.world()
-    if args.fresh and rank == 0 and not args.dry_run:
-        step_aside(args.out)
-    if world > 1:
-        dist.barrier()
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = logger(Path(os.devnull) if args.dry_run else args.out / "train.log", rank)
-    log(device.describe(where) + f", {world} processes" * (world > 1))
-    log(f"{' '.join(sys.argv)}   commit {commit()}   seed {settings['seed']}   {options}")
-
-    base = Path(settings["pretrained_dir"])
-    conf.check_model_yaml(settings, base)
-    model = load_model(args.part, base, settings)
-    frozen = engine.freeze(model, options["freeze"] or [])
-    if options["checkpointing"]:
-        memory.recompute(model.layers())
-    train_data, dev_data = (Data(args.data / name, args.part, model, settings) for name in ("train", "dev"))
-    machine = engine.make_engine(model, options, where)
-    plan = train_data.plan(1, shuffle=True)
-    count = sum(p.numel() for p in model.parameters())
-    log(
-        f"{args.part}: {count / 1e6:.1f} M parameters, {frozen / 1e6:.1f} M frozen; {len(train_data.shards)} + "
-        f"{len(dev_data.shards)} utterances, {len(plan)} batches an epoch, "
-        f"padding {dataset.padding_share(plan, train_data.costs):.1%}"
-    )
-    log(memory.report(machine, train_data.batches(plan[:1], epoch=1)[0], options["max_batch"]))
-    if args.dry_run:
-        dry_run(machine, train_data, log)
-        return
-    writer = summary_writer(args.out, options["swanlab"]) if rank == 0 else None
-    if rank == 0:
-        with whole(args.out / "conf.yaml") as part:
-            part.write_text(conf.to_yaml(settings), encoding="utf-8")
-    task = training.Task(
-        settings=options,
-        identity=identity(args.part, settings, train_data, base / f"{args.part}.pt"),
-        batches=train_data.train,
-        cv={"full": partial(dev_data.cv, False), "streaming": partial(dev_data.cv, True)},
-        learning_rate=schedule(options),
-        folder=args.out,
-        seed=settings["seed"],
-        log=log,
-        writer=writer,
-        split=train_data.batches([], epoch=0).split,
-        listen=listening.Listener(args.part, machine, settings, args.data, args.out, writer, log).speak,
-    )
-    training.train(machine, task)
-    if writer:
-        writer.close()
+    if options["deterministic"]:
+        repeatable()
+    where = device.torch_device(settings["device"])
+    with contextlib.ExitStack() as stack:
+        where = stack.enter_context(ranks.joined(where, alone_too=options["engine"] == "deepspeed"))
+        rank, world = ranks.world()
+        if rank == 0 and not args.dry_run:
+            if args.fresh:
+                step_aside(args.out)
+            stack.enter_context(lock(args.out))
+        if world > 1:
+            dist.barrier()  # the folder is there
+        train(args, settings, where)
 
 
 def commit() -> str:
@@ -229,12 +287,5 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def finish() -> None:
-    """Leave the process group; a rank that failed is seen by the others when its process ends."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
     cli.run(main)
-    finish()
