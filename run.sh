@@ -12,7 +12,11 @@ conf=conf/demo.yaml   # the speaker: what differs from conf/cosyvoice2.yaml
 stage=-1              # first stage
 stop_stage=7          # last stage
 corpus=               # folder with the recordings; stands for --corpus.dir
-nproc=1               # processes of stages 4 and 5, one a card
+nproc=1               # processes of stages 4 and 5 on this machine, one a card
+num_nodes=1           # machines with a shared disk that train together in stages 4 and 5; start run.sh on each ...
+node_rank=0           # ... with its number, from 0 ...
+master_addr=          # ... and the address of machine 0, at whose ports 29500 and 29501 (or MASTER_PORT and the next) they meet
+fresh=false           # true: stages 4 and 5 start anew; the earlier training stays as exp/NAME/llm.1
 tune=llm_flow         # what stage 6 takes from training: llm_flow (exp/NAME/model) | llm (model_llm) | flow (model_flow)
 # ---- end of options
 . tools/parse_options.sh
@@ -21,7 +25,23 @@ start=$SECONDS
 log() { echo "$(date '+%H:%M:%S') $*"; }
 die() { echo "ERROR $*" >&2; exit 1; }
 at() { [ "$stage" -le "$1" ] && [ "$1" -le "$stop_stage" ] && log "stage $1: $2"; }
-need() { [ -e "$1" ] || die "$1 is missing; stage $2 makes it: bash run.sh --conf $conf --stage $2 --stop_stage $2"; }
+need() {   # need FILE STAGE [INPUT ...]: FILE is there, made by STAGE; say so when an INPUT of it has changed since
+  [ -e "$1" ] || die "$1 is missing; stage $2 makes it: bash run.sh --conf $conf --stage $2 --stop_stage $2"
+  local input
+  for input in "${@:3}"; do
+    [ ! "$input" -nt "$1" ] || log "WARNING $1 is older than $input; to have it made again: stage $2"
+  done
+}
+train() {   # train llm|flow PORT: one process; or one a card; or that on several machines
+  local launcher=(python) more=()
+  [ "$nproc" -eq 1 ] || launcher=(torchrun --standalone --nproc_per_node "$nproc")
+  if [ "$num_nodes" -gt 1 ]; then
+    launcher=(torchrun --nnodes "$num_nodes" --node_rank "$node_rank" --nproc_per_node "$nproc"
+      --master_addr "$master_addr" --master_port "$2")
+  fi
+  [ "$fresh" = false ] || more=(--fresh)
+  "${launcher[@]}" tools/train.py "$1" "$data" "$exp/$1" "${more[@]}" "${settings[@]}"
+}
 
 [ -f "$conf" ] || die "$conf: no such conf; copy conf/paimon.yaml to conf/NAME.yaml and edit it"
 bash tools/install.sh
@@ -37,8 +57,13 @@ case $tune in
   llm | flow) model=$exp/model_$tune ;;
   *) die "--tune is '$tune'; one of: llm_flow llm flow" ;;
 esac
-train=(python)
-[ "$nproc" -eq 1 ] || train=(torchrun --standalone --nproc_per_node "$nproc")
+case $fresh in true | false) ;; *) die "--fresh is '$fresh'; it is true or false" ;; esac
+if [ "$num_nodes" -gt 1 ]; then
+  [ -n "$master_addr" ] || die "--num_nodes $num_nodes: --master_addr is not set; it is the address of machine 0"
+  { [ "$stage" -ge 4 ] && [ "$stop_stage" -le 5 ]; } ||
+    die "--num_nodes $num_nodes is for --stage 4 --stop_stage 5; run the other stages on one machine"
+fi
+port=${MASTER_PORT:-29500}
 
 if at -1 "base model: -> pretrained_dir"; then
   if [ "$source" = tiny ] && ! [ -e "$base" ]; then
@@ -71,21 +96,21 @@ if at 2 "speech tokens: wav.scp -> utt2speech_token.pt"; then
 fi
 
 if at 3 "pack: texts, tokens, vectors, mel -> parquet/data.list"; then
-  need "$data/train/spk2embedding.pt" 1
-  need "$data/train/utt2speech_token.pt" 2
+  need "$data/train/spk2embedding.pt" 1 "$data/train/wav.scp"
+  need "$data/train/utt2speech_token.pt" 2 "$data/train/wav.scp"
   python tools/make_parquet.py "$data/train" "$data/dev" "${settings[@]}"
 fi
 
 if at 4 "train the language model: parquet -> exp/NAME/llm"; then
-  need "$data/train/parquet/data.list" 3
+  need "$data/train/parquet/data.list" 3 "$data/train/text" "$data/train/utt2speech_token.pt"
   need "$base/llm.pt" -1
-  "${train[@]}" tools/train.py llm "$data" "$exp/llm" "${settings[@]}"
+  train llm "$port"
 fi
 
 if at 5 "train the flow-matching model: parquet -> exp/NAME/flow"; then
-  need "$data/train/parquet/data.list" 3
+  need "$data/train/parquet/data.list" 3 "$data/train/text" "$data/train/utt2speech_token.pt"
   need "$base/flow.pt" -1
-  "${train[@]}" tools/train.py flow "$data" "$exp/flow" "${settings[@]}"
+  train flow $((port + 1))
 fi
 
 if at 6 "average epochs and build the model: -> exp/NAME/model"; then
@@ -101,7 +126,7 @@ if at 6 "average epochs and build the model: -> exp/NAME/model"; then
 fi
 
 if at 7 "speak: texts -> exp/NAME/synth, and with the base model -> exp/NAME/synth_base"; then
-  need "$model/llm.pt" 6
+  need "$model/llm.pt" 6 "$exp/llm/last.pt" "$exp/flow/last.pt"
   [ -n "$texts" ] || die "synth.texts is not set; name a file with one sentence a line: --synth.texts FILE"
   python tools/synthesize.py "$model" "$texts" "$exp/synth" "${settings[@]}"
   python tools/synthesize.py "$model" "$texts" "$exp/synth_base" --model base "${settings[@]}"

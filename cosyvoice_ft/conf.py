@@ -1,4 +1,4 @@
-"""Settings: conf/cosyvoice2.yaml (every key and its default) <- the speaker's yaml <- the command line.
+"""Settings: conf/cosyvoice2.yaml (every key and its default) <- a preset <- the speaker's yaml <- the command line.
 
 Our own base file may say `!ref <key>` (HyperPyYAML). A speaker's yaml and the yaml inside a model directory are plain
 data: tags construct nothing.
@@ -86,7 +86,7 @@ def to_yaml(data: Mapping) -> str:
 
 
 def load_conf(path: str | Path, overrides: Sequence[str] = ()) -> dict:
-    """Return all settings as nested plain dicts: the base of `model`, the speaker's `path`, then `overrides`.
+    """Return all settings as nested plain dicts: the base of `model`, its `preset`, the speaker's `path`, `overrides`.
 
     `overrides` are command-line words: ["--train.lr", "1e-5", "--device=cpu"].
     Raises BadInput for an unknown key at any depth and for a value of another kind than the default's.
@@ -99,12 +99,25 @@ def load_conf(path: str | Path, overrides: Sequence[str] = ()) -> dict:
         known = ", ".join(sorted(p.stem for p in CONF_DIR.glob("cosyvoice*.yaml")))
         raise BadInput(f"{path}: model: '{model}' is unknown; one of: {known}")
     base = read_base(base_path)
-    conf = base if Path(path).resolve() == base_path else _merge(base, given, base, str(path))
+    if Path(path).resolve() == base_path:
+        given = {}
+    preset = words.get("preset") or given.get("preset")
+    conf = _merge(base, _preset(preset), base, f"preset {preset}") if preset else base
+    conf = _merge(conf, given, base, str(path))
     conf = _merge(conf, words, base, "command line")
     if "pretrained_dir" in words and "pretrained_source" not in words:
         conf["pretrained_source"] = "local"  # never make a tiny base where the user named a directory of their own
     conf["name"] = conf["name"] or Path(path).stem
     return conf
+
+
+def _preset(name: str) -> dict:
+    """Return the settings of conf/NAME.yaml or of another file. Raises BadInput for an unknown name."""
+    path = CONF_DIR / f"{name}.yaml"
+    if not path.is_file() and not Path(name).is_file():
+        known = ", ".join(sorted(p.stem for p in CONF_DIR.glob("gpu*.yaml")))
+        raise BadInput(f"preset: '{name}' is unknown; one of: {known}, or a yaml file")
+    return read_yaml(path if path.is_file() else name)
 
 
 def read_base(path: Path) -> dict:

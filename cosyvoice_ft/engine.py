@@ -134,8 +134,7 @@ class TorchEngine(Engine):
         self.exchange_late = self.world_size > 1 and settings["auto_batch"]
         if self.world_size > 1 and not self.exchange_late:
             devices = [device] if device.type == "cuda" else None
-            options = {"device_ids": devices, "gradient_as_bucket_view": True, "broadcast_buffers": False}
-            self.model = nn.parallel.DistributedDataParallel(model, **options)
+            self.model = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
         if settings["compile"]:
             self.model = torch.compile(self.model, dynamic=True)
 
@@ -281,7 +280,7 @@ class DeepSpeedEngine(Engine):
         dist.barrier()
         if self.rank == 0:
             checkpoint.save(path, {"deepspeed": tag, "scale": [self.scale, self.good], "facts": dict(facts)})
-            for old in folder.iterdir():
+            for old in folder.glob("after_*_epochs_*"):
                 if old.name != tag:
                     shutil.rmtree(old)
 

@@ -35,14 +35,20 @@ def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[torch.d
     alone_too: make a group of one where there is no torchrun, for DeepSpeed. Raises BadInput with the words of the
     process that failed first when that was another one.
     """
-    launched = "RANK" in os.environ
+    launched = {"RANK", "MASTER_ADDR"} <= os.environ.keys()
     if not (launched or alone_too):
         yield device
         return
     if launched and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= cards:
+            raise BadInput(
+                f"{local + 1} processes or more on {socket.gethostname()}, which has {cards} cards: lower --nproc"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
     if launched:
         dist.init_process_group(backend)
     else:

@@ -16,7 +16,6 @@ gathered there. An update whose gradient is not finite changes nothing and does 
 
 import dataclasses
 import math
-import resource
 import shutil
 import time
 import traceback
@@ -326,7 +325,9 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes that were in use at once so far, on the card or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with open("/proc/self/status") as file:  # getrusage would count what the parent had before it started this process
+        facts = dict(line.split(":", 1) for line in file)
+    return int(facts["VmHWM"].split()[0]) * 1024
 
 
 def resume(engine: Engine, task: Task, last: Path) -> Progress:

@@ -1,6 +1,7 @@
 """What all tests share: where recorded numbers and real recordings lie, and the record of what was compared."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,3 +102,32 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess]:
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def clone(root, tmp_path_factory):
+    """A copy of the project in a folder with a blank and Chinese in its name; the running environment serves it."""
+    target = tmp_path_factory.mktemp("clone") / "派蒙 recipe"
+    ignored = shutil.ignore_patterns(".git", ".venv*", "data", "exp", "pretrained_models", "__pycache__", ".*_cache")
+    shutil.copytree(root, target, ignore=ignored)
+    return target
+
+
+@pytest.fixture(scope="session")
+def run(clone):
+    """run(words, status=0): `bash run.sh words` in the copy, ended with that status."""
+
+    def call(*words, status=0):
+        done = subprocess.run(["bash", "run.sh", *map(str, words)], cwd=clone, text=True, capture_output=True)
+        assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def walked(clone, run):
+    """What the screen showed of conf/tiny.yaml through all stages."""
+    done = run("--conf", "conf/tiny.yaml")
+    assert not [line for line in done.stderr.splitlines() if "Error" in line or "Traceback" in line], done.stderr
+    return done

@@ -88,7 +88,7 @@ def test_another_training_is_not_overwritten(tmp_path):
 
 def killed(folder, moment):
     """Start the training in a process of its own, kill it `moment` seconds after it began or went on."""
-    command = [sys.executable, "tests/training_child.py", str(folder), "4"]
+    command = [sys.executable, "tests/training_child.py", str(folder), "max_epoch=4"]
     env = os.environ | {"PYTHONPATH": "."}
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     while (line := child.stdout.readline()) and "epoch" not in line:
@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, root):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 
-    command = [sys.executable, "tests/training_child.py", str(tmp_path), "3"]
+    command = [sys.executable, "tests/training_child.py", str(tmp_path), "max_epoch=3"]
     env = os.environ | {"PYTHONPATH": "."}
     done = subprocess.run(command, cwd=root, text=True, capture_output=True, preexec_fn=limit, env=env)
     assert done.returncode == 1 and "cannot be written" in done.stderr and len(done.stderr.splitlines()) == 1, (

@@ -1,17 +1,19 @@
-"""A small training as a process of its own, to be killed: python training_child.py FOLDER [MAX_EPOCH] [KEY=VALUE ...]
+"""A small training as a process of its own, to be killed or watched: python training_child.py FOLDER [KEY=VALUE ...]
 
 A line with dropout, learnt from batches of different sizes. One update takes a few milliseconds.
 """
 
+import math
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from ruamel.yaml import YAML
 from torch import nn
 
-from cosyvoice_ft import cli, engine, training
+from cosyvoice_ft import cli, engine, ranks, training
 from cosyvoice_ft.schedules import schedule
 
 SETTINGS = {
@@ -72,9 +74,23 @@ def slow(epoch: int, skip: int = 0):
         yield batch
 
 
+def broken(epoch: int, skip: int = 0):
+    """The fifth batch of an epoch holds a NaN: an update of each epoch fails."""
+    for number, batch in enumerate(batches(epoch), 1):
+        if number > skip:
+            yield batch | {"x": batch["x"] * (math.nan if number == 5 else 1)}
+
+
 def main() -> None:
-    folder, epochs = Path(sys.argv[1]), int(sys.argv[2])
-    run(folder, max_epoch=epochs, make_batches=slow, log=lambda line: print(line, flush=True))
+    changes = dict(word.split("=", 1) for word in sys.argv[2:])
+    make = {"slow": slow, "broken": broken}[changes.pop("batches", "slow")]
+    changes = {key: YAML(typ="safe").load(value) for key, value in changes.items()}
+    ranks.POLL = changes.pop("poll", ranks.POLL)
+    with ranks.joined(torch.device("cpu"), alone_too=changes.get("engine") == "deepspeed"):
+        machine, progress = run(
+            Path(sys.argv[1]), make_batches=make, log=lambda line: print(line, flush=True), **changes
+        )
+    print(f"{progress.step} steps, finite {all(w.isfinite().all() for w in machine.weights().values())}")
 
 
 if __name__ == "__main__":

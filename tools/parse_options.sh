@@ -52,7 +52,7 @@ while [ $# -gt 0 ]; do
   fi
 done
 
-for key in stage stop_stage nproc; do
+for key in stage stop_stage nproc num_nodes node_rank; do
   [[ ${!key} =~ ^-?[0-9]+$ ]] || { echo "ERROR --$key is '${!key}'; it is a whole number" >&2; exit 1; }
 done
 [ -z "$corpus" ] || overrides+=("--corpus.dir=$corpus")

@@ -151,6 +151,10 @@ def summary_writer(folder: Path, project: str | None):
     from torch.utils.tensorboard import SummaryWriter
 
     if project:
+        if not isinstance(project, str):
+            raise BadInput(
+                "train.swanlab: the name of a project; the key comes from `swanlab login`, never from a conf"
+            )
         try:
             import swanlab
         except ImportError as error:
@@ -175,7 +179,7 @@ def dry_run(machine: engine.Engine, data: Data, log: Callable[[str], None]) -> N
     loss.backward()
     without = [name for name, p in machine.module.named_parameters() if p.requires_grad and p.grad is None]
     log(
-        f"dry run: loss {float(loss):.4f}, parameters without gradient: {' '.join(without) or 'none'}, peak memory "
+        f"dry run: loss {loss.item():.4f}, parameters without gradient: {' '.join(without) or 'none'}, peak memory "
         f"{training.peak_memory(machine.device) / 1e9:.2f} GB"
     )
 
