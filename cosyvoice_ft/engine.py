@@ -288,7 +288,7 @@ class DeepSpeedEngine(Engine):
         state = checkpoint.load(path)
         found, _ = self.engine.load_checkpoint(str(path.with_suffix(".deepspeed")), tag=state["deepspeed"])
         if found is None:
-            raise BadInput(f"{path}: its part {state['deepspeed']} is missing; start again with --fresh")
+            raise BadInput(f"{path}: its part {state['deepspeed']} is missing; start again with run.sh --fresh true")
         self.scale, self.good = state["scale"]
 
 

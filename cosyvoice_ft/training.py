@@ -340,8 +340,8 @@ def resume(engine: Engine, task: Task, last: Path) -> Progress:
     if keys:
         changes = "; ".join(f"{key} was {theirs.get(key)}, is {ours.get(key)}" for key in sorted(keys))
         raise BadInput(
-            f"{task.folder} holds another training: {changes}. Set it back, or start anew: --fresh keeps the old one "
-            f"as {task.folder}.1"
+            f"{task.folder} holds another training: {changes}. Set it back, or start anew: run.sh --fresh true keeps "
+            f"the old one as {task.folder}.1"
         )
     engine.load(last)
     progress = Progress(**facts)
