@@ -11,7 +11,9 @@ wav: float32 tensor (T,) in [-1, 1] at `rate` Hz; T' frames.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ QUIET = 1e-3  # peak below which a wave says nothing: -60 dBFS
 CLICK = 0.02  # least size of the sixth difference at a click, as a share of what a full-scale impulse gives
 CLICK_RATIO = 8.0  # times what is around it
 CLICK_LASTS, CLICK_AROUND = 0.0008, 0.015  # s
+INTRUSIVE = {"pesq": "pesq", "stoi": "pystoi"}  # measure: the package that brings it
 GROSS = 0.2  # a pitch more than this share off is another pitch (Rabiner et al., 1976)
 
 
@@ -223,14 +226,11 @@ def mel_distance(copy24k: Tensor, natural24k: Tensor) -> float:
 
 
 @lru_cache
-def intrusive() -> dict:
-    """Return the installed ones of {"pesq", "stoi"} as functions of (natural, copy), both (T,) at 16 kHz."""
+def intrusive() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
+    """Return the installed ones of "pesq", "stoi" as functions of (natural, copy), both (T,) at 16 kHz."""
     found = {}
-    try:
+    if find_spec(INTRUSIVE["pesq"]):
         from pesq import NoUtterancesError, pesq
-    except ImportError:
-        pass
-    else:
 
         def wide_band(natural: np.ndarray, copy: np.ndarray) -> float:
             try:
@@ -239,10 +239,8 @@ def intrusive() -> dict:
                 return math.nan
 
         found["pesq"] = wide_band
-    try:
+    if find_spec(INTRUSIVE["stoi"]):
         from pystoi import stoi
-    except ImportError:
-        pass
-    else:
+
         found["stoi"] = lambda natural, copy: float(stoi(natural, copy, audio.ANALYSIS_RATE))
     return found

@@ -29,6 +29,7 @@ from cosyvoice_ft import audio
 from cosyvoice_ft.corpus import CHINESE
 from cosyvoice_ft.files import BadInput
 from cosyvoice_ft.jobs import beside, for_each
+from cosyvoice_ft.metrics import QUIET
 from cosyvoice_ft.table import read_table, write_table
 from cosyvoice_ft.text import SPECIAL_TOKENS, apply_grammar
 
@@ -36,6 +37,7 @@ MARKER = re.compile("|".join([r"<\|[^<>|]*\|>", *map(re.escape, SPECIAL_TOKENS)]
 SCRIPTS = (("ja", "[\u3040-\u30ff]"), ("ko", "[\uac00-\ud7af]"), ("zh", CHINESE.pattern), ("en", "[A-Za-z]"))
 BY_CHARACTER = ("zh", "ja", "ko")
 SIMPLIFIED = "以下是普通话的句子。"  # put before what Whisper writes: it then prefers simplified characters
+MAX_HMMS = 5000  # a frame; speech rarely keeps so many alive, noise does and then takes three times as long
 MISSING_RUN = 3  # words: fewer in a row that were not heard are a slip of the recogniser
 
 
@@ -85,14 +87,16 @@ class PocketSphinx:
 
 
 def hear(path: str) -> tuple[str, str]:
-    """Return (what PocketSphinx hears, "") of a sound file, or ("", why it cannot be read)."""
+    """Return (what PocketSphinx hears, "") of a sound file, or ("", why it cannot be read); nothing in silence."""
     torch.set_num_threads(1)
     try:
         wav = audio.load_wav(path, audio.ANALYSIS_RATE)
     except BadInput as error:
         return "", str(error)
+    if float(wav.abs().max()) < QUIET:
+        return "", ""
     decoder = _decoder()
-    decoder.reinit_feat()  # it tracks the noise, and would remember that of the recording before
+    decoder.reinit()  # it tracks noise and level, and would remember those of the recording before: 0.2 s
     decoder.start_utt()
     decoder.process_raw((wav * 32767).round().short().numpy().tobytes(), full_utt=True)
     decoder.end_utt()
@@ -104,7 +108,7 @@ def hear(path: str) -> tuple[str, str]:
 def _decoder():
     from pocketsphinx import Decoder
 
-    return Decoder(samprate=audio.ANALYSIS_RATE, cmn="batch", loglevel="FATAL")
+    return Decoder(samprate=audio.ANALYSIS_RATE, maxhmmpf=MAX_HMMS, loglevel="FATAL")
 
 
 class Whisper:

@@ -109,7 +109,7 @@ def originals(sentences: Sequence[Sentence], natural: Iterable[Sentence], asked:
     if not recorded:
         why = "no natural recordings are given (--natural)"
     elif not asked and not all(sentence.copied for sentence in sentences):
-        why = "spoken from text, with a timing of its own; only copy-synthesis has one (synthesize.py --tokens)"
+        why = "spoken from text, with a timing of its own; copy-synthesis is not (synthesize.py --tokens)"
     elif absent := sorted(wavs.keys() - recorded.keys()):
         why = f"'{absent[0]}' has no natural recording of the same name"
     else:
@@ -200,13 +200,17 @@ class Scorer:
                 (*makers, "duration", "nearest"), "no natural recordings are given (--natural)"
             )
         elif len(self.reference.speakers) == 1:
-            self.missing["nearest"] = "one speaker is known; --natural can be given again, with those of others"
+            self.missing["nearest"] = "one speaker is known; give --natural again, with recordings of others"
 
     def measure(self, sentences: Iterable[Sentence], copied: Mapping[str, str], what: str) -> dict[str, dict]:
         """Return {utt: facts} of the sentences that have a wave; copied: {utt: natural recording of the same timing}.
 
         Raises BadInput when more than 5 % cannot be read.
         """
+        if copied:
+            absent = metrics.INTRUSIVE.keys() - metrics.intrusive().keys()
+            packages = {name: metrics.INTRUSIVE[name] for name in sorted(absent)}
+            self.missing |= {name: f"not installed: pip install {package}" for name, package in packages.items()}
         wavs = {s.utt: (s.wav, copied.get(s.utt)) for s in sentences if s.wav}
         measured, failed = for_each(self.measure_one, wavs, what=f"measuring {what}", nj=self.nj)
         if failed:
@@ -221,11 +225,8 @@ class Scorer:
         facts = {"seconds": seconds, "vectors": {}}
         facts |= metrics.health(audio.load_wav(path), round(samples / seconds))
         facts |= metrics.pitch_facts(metrics.pitch(wav16))
-        for name, encoder in self.encoders.items():
-            try:
-                facts["vectors"][name] = encoder(wav16)
-            except BadInput:  # no voice in it
-                continue
+        if facts["active"]:  # silence has no voice
+            facts["vectors"] = {name: encoder(wav16) for name, encoder in self.encoders.items()}
         if original:
             natural24, natural16 = load_for_extraction(original)
             facts |= metrics.copy_facts(wav16, natural16) | {"mel_distance": metrics.mel_distance(wav24, natural24)}
@@ -234,6 +235,10 @@ class Scorer:
     def rows(self, sentences: Sequence[Sentence], measured: Mapping[str, Mapping]) -> list[dict]:
         """Return one row a sentence, with those of COLUMNS that could be measured."""
         sentences = [sentence for sentence in sentences if sentence.utt in measured or not sentence.wav]
+        strangers = sorted({sentence.spk for sentence in sentences} - set(self.reference.speakers))
+        if strangers and self.reference.speakers:
+            why = f"--natural has no recordings of speaker '{strangers[0]}'"
+            self.missing |= dict.fromkeys((*self.encoders, "duration"), why)
         heard = self.listen(sentences)
         return [self.row(sentence, measured.get(sentence.utt), heard.get(sentence.utt)) for sentence in sentences]
 

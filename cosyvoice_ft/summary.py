@@ -126,7 +126,7 @@ def cell(measure: Measure, known: Mapping | None, name: str) -> str:
         return "-"
     if measure.counted and not difference:
         return f"{round(known['value'] * known['n'])} of {known['n']}"
-    said = f"{known['value']:{'+' if difference else ''}.{measure.digits}f}"
+    said = f"{known['value']:{'+' if difference else ''}z.{measure.digits}f}"
     if known["low"] is None:
         return said
     sure = " *" if difference and not known["low"] <= 0 <= known["high"] else ""
