@@ -187,10 +187,10 @@ def test_the_table_says_what_is_not_scored_and_never_mos(scored):
 def test_two_runs_give_the_same_bytes(score, made, others, tmp_path):
     """Also with one process instead of one a core, and into another folder."""
     wavs, text = read_table(made / "wav.scp"), next(iter(read_table(made / "text").values()))
-    waves = {utt: (audio.load_wav(wavs[utt]), text, "giant") for utt in ("noise", "half", "other")}
+    waves = {utt: (audio.load_wav(wavs[utt]), text, "giant") for utt in ("noise", "half")}
     folder = write_set(tmp_path / "set", waves)
     for nj, out in ((2, tmp_path / "two"), (1, tmp_path / "one")):
-        score(folder, "--natural", others, "--score.natural_max=2", f"--nj={nj}", "--out", out)
+        score(folder, "--natural", others, "--score.natural_max=1", f"--nj={nj}", "--out", out)
     for name in ("score.tsv", "score.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     assert not (folder / "score.tsv").exists()
@@ -211,15 +211,15 @@ def character_error(clips: dict[str, tuple[Path | str, str]]) -> float:
 @needs_pocketsphinx
 def test_character_error_of_the_demo(demo):
     """The voice slt: 0.115 +- 0.02 over all hundred."""
-    assert 0.06 < character_error({utt: (path, text) for utt, path, text in demo[:12]}) < 0.15
+    assert 0.07 < character_error({utt: (path, text) for utt, path, text in demo[:8]}) < 0.15
 
 
 @needs_pocketsphinx
 @pytest.mark.skipif(not shutil.which("flite"), reason="flite is not installed: its other voices are not tested")
 def test_character_error_of_flite(demo, tmp_path):
     clips = {}
-    for voice in ("rms", "awb", "kal16"):
-        for utt, _, text in demo[:5]:
+    for voice in ("rms", "awb"):
+        for utt, _, text in demo[:8]:
             path = tmp_path / f"{voice}-{utt}.wav"
             subprocess.run(["flite", "-voice", voice, "-t", text, "-o", path], check=True)
             clips[path.stem] = (path, text)
@@ -229,7 +229,7 @@ def test_character_error_of_flite(demo, tmp_path):
 @needs_pocketsphinx
 def test_character_error_of_natural_speech(speech_dir):
     """LJSpeech: 0.18 over the first forty, 0.15 over two hundred."""
-    lines = (speech_dir / "ljspeech-200/metadata.csv").read_text(encoding="utf-8").splitlines()[:16]
+    lines = (speech_dir / "ljspeech-200/metadata.csv").read_text(encoding="utf-8").splitlines()[:12]
     rows = [line.split("|") for line in lines]
     clips = {utt: (speech_dir / f"ljspeech-200/wavs/{utt}.wav", text) for utt, _, text in rows}
     assert 0.15 < character_error(clips) < 0.21
