@@ -145,16 +145,16 @@ def health(wav: Tensor, rate: int) -> dict[str, float]:
         "level": 10 * math.log10(np.mean(squares)) if squares else -math.inf,
         "active": float(loud[-1] - loud[0] + 1) * FRAME if len(loud) else 0.0,
         "silence": float(silent.mean()),
-        "longest_silence": longest_run(silent) * FRAME,
+        "longest_silence": float(runs(silent).max(initial=0)) * FRAME,
         "clipped": clipped(x),
         "clicks": len(clicks(x, rate)),
     }
 
 
-def longest_run(flags: np.ndarray) -> int:
-    """Return the length of the longest run of True in (T,)."""
+def runs(flags: np.ndarray) -> np.ndarray:
+    """Return the lengths of the runs of True in (T,)."""
     edges = np.flatnonzero(np.diff(np.pad(flags.astype(np.int8), 1)))
-    return int((edges[1::2] - edges[::2]).max(initial=0))
+    return edges[1::2] - edges[::2]
 
 
 def clipped(x: np.ndarray) -> float:
@@ -162,9 +162,8 @@ def clipped(x: np.ndarray) -> float:
     size = np.abs(x)
     if size.max() < QUIET:
         return 0.0
-    edges = np.flatnonzero(np.diff(np.pad((size >= 0.999 * size.max()).astype(np.int8), 1)))
-    runs = edges[1::2] - edges[::2]
-    return float(runs[runs >= CLIPPED_RUN].sum() / len(x))
+    flat = runs(size >= 0.999 * size.max())
+    return float(flat[flat >= CLIPPED_RUN].sum() / len(x))
 
 
 def clicks(x: np.ndarray, rate: int) -> np.ndarray:

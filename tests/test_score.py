@@ -382,6 +382,22 @@ def test_recognisers_that_cannot_be_used(own, says):
         recognise.recogniser(own, CPU)
 
 
+@pytest.mark.parametrize(
+    ("absent", "says"),
+    [
+        ("jiwer", "jiwer is not installed: pip install jiwer"),
+        ("pocketsphinx", "no recogniser is installed: pip install"),
+    ],
+)
+def test_without_packages_the_reason_is_said(monkeypatch, absent, says):
+    monkeypatch.setattr(recognise, "find_spec", lambda name: None if name == absent else find_spec(name))
+    own = load_conf(CONF_DIR / "demo.yaml")["score"]
+    assert recognise.recogniser(own, CPU).refuses("en").startswith(says)
+    if absent == "pocketsphinx":
+        with pytest.raises(BadInput, match="pocketsphinx is not installed"):
+            recognise.recogniser(own | {"recogniser": "pocketsphinx"}, CPU)
+
+
 def test_whisper(tmp_path, natural):
     """Random weights of a small multilingual network, from a file: it hears something, and knows what it cannot."""
     import whisper

@@ -26,11 +26,11 @@ from cosyvoice_ft.files import whole
 
 def write_rows(path: Path, rows: Sequence[Mapping]) -> None:
     """Write score.tsv: tab-separated, a header; empty is what was not measured."""
-    columns = [name for name in scoring.COLUMNS if any(row.get(name) is not None for row in rows)]
+    columns = [name for name in scoring.COLUMNS if any(name in row for row in rows)]
     lines = ["\t".join(columns)]
     for row in rows:
-        values = (row.get(name) for name in columns)
-        lines.append("\t".join("" if v is None else f"{v:.5g}" if isinstance(v, float) else str(v) for v in values))
+        values = (row.get(name, "") for name in columns)
+        lines.append("\t".join(f"{v:.5g}" if isinstance(v, float) else " ".join(str(v).split()) for v in values))
     with whole(path) as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
