@@ -40,8 +40,8 @@ def notes(result: Mapping, resamples: int) -> Iterator[str]:
     if "cer" in result["measures"]:
         yield f"recogniser {result['recogniser']}: 20 sentences carry about ±0.04 of character error"
     yield f"±: half of the 95 % interval, {resamples} draws of the sentences"
-    if "base" in result["sentences"]:
-        yield "spoken - base: paired, sentence by sentence; * where the interval leaves out 0"
+    if any(" - " in column for cells in result["measures"].values() for column in cells):
+        yield "differences: paired, sentence by sentence; * where the interval leaves out 0"
     if "natural" in result["sentences"]:
         yield "natural: the ceiling, each recording against the mean of the others"
     reasons: dict[str, list[str]] = {}
