@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune CosyVoice2 on your own voice: from a folder of recordings to a model that speaks.
 #
-#   bash run.sh                                                    # sets up, fine-tunes the demo voice, speaks
+#   bash run.sh                                                    # sets up, fine-tunes the demo voice, speaks, scores
 #   bash run.sh --conf conf/paimon.yaml --stage 0 --stop_stage 6   # your voice: one yaml in conf/
 #   bash run.sh --conf conf/paimon.yaml --stage 5 --stop_stage 5 --train.lr 2e-5    # one stage again, a value changed
 set -euo pipefail
@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # ---- options
 conf=conf/demo.yaml   # the speaker: what differs from conf/cosyvoice2.yaml
 stage=-1              # first stage
-stop_stage=7          # last stage
+stop_stage=8          # last stage
 corpus=               # folder with the recordings; stands for --corpus.dir
 nproc=1               # processes of stages 4 and 5 on this machine, one a card
 num_nodes=1           # machines with a shared disk that train together in stages 4 and 5; start run.sh on each ...
@@ -132,10 +132,18 @@ if at 7 "speak: texts -> exp/NAME/synth, and with the base model -> exp/NAME/syn
   python tools/synthesize.py "$model" "$texts" "$exp/synth_base" --model base "${settings[@]}"
 fi
 
+if at 8 "score: exp/NAME/synth, natural recordings and base -> score.tsv score.json"; then
+  need "$exp/synth/wav.scp" 7
+  need "$exp/synth_base/wav.scp" 7
+  need "$data/dev/wav.scp" 0
+  python tools/score.py "$exp/synth" --natural "$data/dev" --base "$exp/synth_base" "${settings[@]}"
+fi
 
 log "stages $stage to $stop_stage done in $((SECONDS - start)) s"
-if [ "$stage" -le 7 ] && [ "$stop_stage" -ge 7 ]; then
-  python tools/show_result.py natural="$data/dev" base="$exp/synth_base" tuned="$exp/synth" "${settings[@]}"
+if [ "$stage" -le 8 ] && [ "$stop_stage" -ge 7 ]; then
+  if [ "$stop_stage" -lt 8 ]; then   # stage 8 has just said more
+    python tools/show_result.py natural="$data/dev" base="$exp/synth_base" tuned="$exp/synth" "${settings[@]}"
+  fi
   echo "  hear it:        $exp/synth/wav/   (what each file says: $exp/synth/text; the base model: $exp/synth_base)"
   echo "  say more:       python tools/synthesize.py $model SENTENCES.txt OUT --conf $conf   (first: . ./path.sh)"
   echo "  watch it learn: tensorboard --logdir $exp"

@@ -1,6 +1,7 @@
 """The recipe is the test: a copy of the tracked files, run as a new user runs it, and run wrongly."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -19,10 +20,13 @@ from cosyvoice_ft.table import read_table
 
 def test_all_stages(clone, walked):
     said = walked.stdout
-    assert [f"stage {n}:" in said for n in range(-1, 8)] == [True] * 9
+    assert [f"stage {n}:" in said for n in range(-1, 9)] == [True] * 10
     assert "device cpu" in said or "device cuda" in said
-    for line in ("100 of 100 utterances", "noise by design", "hear it:", "real-time factor"):
+    for line in ("100 of 100 utterances", "noise by design", "hear it:", "real-time factor", "seconds / expected"):
         assert line in said, line
+    scores = json.loads((clone / "exp/tiny/synth/score.json").read_text(encoding="utf-8"))
+    assert scores["sentences"] == {"spoken": 6, "base": 6, "natural": 10}
+    assert scores["measures"]["duration"]["spoken - base"]["n"] == 6
     wavs = read_table(clone / "exp/tiny/synth/wav.scp")
     assert len(wavs) == 6 and read_table(clone / "exp/tiny/synth/text").keys() == wavs.keys()
     for path in wavs.values():
@@ -64,7 +68,7 @@ def test_one_stage_again(clone, run, walked):
 
 def test_help_is_made_from_the_script(run):
     said = run("--help").stdout
-    for line in ("--conf", "--stop_stage", "--corpus", "-1  base model", "7   speak"):
+    for line in ("--conf", "--stop_stage", "--corpus", "-1  base model", "7   speak", "8   score"):
         assert line in said, line
 
 
@@ -86,6 +90,7 @@ def test_help_is_made_from_the_script(run):
         ),
         (["--conf", "conf/ljspeech.yaml", "--stage", 4], "data/ljspeech/train/parquet/data.list is missing; stage 3"),
         (["--conf", "conf/ljspeech.yaml", "--stage", 7], "exp/ljspeech/model/llm.pt is missing; stage 6"),
+        (["--conf", "conf/ljspeech.yaml", "--stage", 8], "exp/ljspeech/synth/wav.scp is missing; stage 7"),
         (["--conf", "conf/ljspeech.yaml"], "pretrained_models/CosyVoice2-0.5B is missing"),
         (["--pretrained_dir", "nowhere"], "nowhere is missing"),
         (["--corpus.format", "pears", "--stage", 0], "corpus.format: 'pears' is unknown; one of: auto pairs libritts"),

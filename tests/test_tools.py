@@ -19,6 +19,7 @@ TOOLS = [
     "try_voice",
     "validate_data_dir",
     "print_conf",
+    "score",
     "synthesize",
     "train",
 ]
