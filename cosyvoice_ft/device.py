@@ -62,3 +62,12 @@ def describe(device: torch.device, providers: list[str] | None = None) -> str:
 
         parts.append(f"onnxruntime {onnxruntime.__version__} {providers[0]}")
     return ", ".join(parts)
+
+
+def peak_memory(where: torch.device) -> int:
+    """Return the most bytes that were in use at once so far, on the card or by this process."""
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated(where)
+    with open("/proc/self/status") as file:  # getrusage would count what the parent had before it started this process
+        facts = dict(line.split(":", 1) for line in file)
+    return int(facts["VmHWM"].split()[0]) * 1024

@@ -12,6 +12,8 @@ Every segment draws from a generator keyed by (seed, its text, its place), so wh
 spoken beside it.
 """
 
+import contextlib
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +33,7 @@ from cosyvoice_ft.models.llm import Qwen2LM, Request
 from cosyvoice_ft.models.sampling import ras_sampling
 
 MODES = ("sft", "zero_shot", "cross_lingual", "instruct")
+PHASES = ("text", "llm", "flow", "vocoder")
 MAX_TOKENS = 2000  # speech tokens that the flow takes side by side, 80 s
 PROMPT_FIELDS = ("prompt_text", "llm_prompt_speech_token", "flow_prompt_speech_token", "prompt_speech_feat")
 
@@ -156,6 +159,7 @@ class Synthesizer:
         )
         if "hift" not in given:
             self.hift.fold_weight_norm()
+        self.spent = dict.fromkeys(PHASES, 0.0)  # seconds; each ends with a result that has been waited for
         path = model_dir / "spk2info.pt"
         info = checkpoint.load(path) if path.is_file() else {}
         self.voices = {name: Voice.from_info(entry) for name, entry in info.items()}
@@ -168,6 +172,13 @@ class Synthesizer:
             known = ", ".join(self.voices) or "none: this directory has no spk2info.pt"
             raise BadInput(f"speaker '{name or ''}' is unknown; known: {known}")
         return name, self.voices[name]
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time that the block takes to `spent`."""
+        start = time.monotonic()
+        yield
+        self.spent[phase] += time.monotonic() - start
 
     @torch.inference_mode()
     def speak(self, sentences: Sequence[Sentence], batch_size: int = 8) -> Iterator[Spoken]:
@@ -199,7 +210,8 @@ class Synthesizer:
             prompt = sentence.voice.prompt_text
         elif sentence.mode == "instruct":
             prompt = self.tokenizer.encode(sentence.instruction + text.END_OF_PROMPT)
-        parts = text.segments(sentence.text, self.tokenizer, self.settings["text"]["frontend"])
+        with self.timed("text"):
+            parts = text.segments(sentence.text, self.tokenizer, self.settings["text"]["frontend"])
         keys = [(sentence.seed, number, zlib.crc32(part.encode())) for number, part in enumerate(parts)]
         return [
             Segment(sentence, self.tokenizer.encode(part), prompt, key) for part, key in zip(parts, keys, strict=True)
@@ -222,8 +234,9 @@ class Synthesizer:
             sample = partial(ras_sampling, uniform=np.random.default_rng(part.seed).random, **own["sampling"])
             speech = part.sentence.voice.prompt_token.tolist() if part.sentence.mode == "zero_shot" else []
             requests.append(Request(part.ids, sample, part.prompt_text, speech, **ratios))
-        for number, token in self.llm.decode_rows(requests):
-            parts[number].tokens.append(token)
+        with self.timed("llm"):
+            for number, token in self.llm.decode_rows(requests):
+                parts[number].tokens.append(token)
         for part in parts:
             part.ended = 0 < len(part.tokens) < int(len(part.ids) * own["max_token_text_ratio"])
 
@@ -232,20 +245,23 @@ class Synthesizer:
         prompted = [part.sentence.mode != "sft" for part in parts]
         none = Voice(torch.zeros(1, 1))
         prompts = [part.sentence.voice if yes else none for part, yes in zip(parts, prompted, strict=True)]
-        mel, frames = self.flow.inference(
-            token=[torch.tensor(part.tokens) for part in parts],
-            prompt_token=[voice.prompt_token for voice in prompts],
-            prompt_feat=[voice.prompt_feat for voice in prompts],
-            embedding=torch.cat([part.sentence.voice.embedding for part in parts]).to(self.device),
-            n_timesteps=self.settings["flow"]["n_timesteps"],
-        )
+        with self.timed("flow"):
+            mel, frames = self.flow.inference(
+                token=[torch.tensor(part.tokens) for part in parts],
+                prompt_token=[voice.prompt_token for voice in prompts],
+                prompt_feat=[voice.prompt_feat for voice in prompts],
+                embedding=torch.cat([part.sentence.voice.embedding for part in parts]).to(self.device),
+                n_timesteps=self.settings["flow"]["n_timesteps"],
+            )
+            lengths = frames.tolist()
         speed = self.settings["synth"]["speed"]
-        for part, row, n in zip(parts, mel, frames.tolist(), strict=True):
+        for part, row, n in zip(parts, mel, lengths, strict=True):
             row = row[None, :, :n]
             if speed != 1:
                 row = F.interpolate(row, size=max(1, int(n / speed)), mode="linear")
             seed = int(np.random.default_rng(part.seed).integers(2**63))
-            part.wav = self.hift(row, generator=torch.Generator().manual_seed(seed))[0][0].cpu()
+            with self.timed("vocoder"):
+                part.wav = self.hift(row, generator=torch.Generator().manual_seed(seed))[0][0].cpu()
 
     def join(self, sentence: Sentence, parts: Sequence[Segment]) -> Spoken:
         """Put the segments of a sentence together, with a pause between them."""

@@ -27,13 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosyvoice_ft import checkpoint
+from cosyvoice_ft import checkpoint, device
 from cosyvoice_ft.engine import Engine
 from cosyvoice_ft.files import BadInput
 
 # Settings of a training that may differ when it goes on: they do not change what an update is.
 FREE = ("max_epoch", "patience", "log_every", "save_minutes", "num_workers", "keep_best", "keep_last", "swanlab")
 FREE += ("listen_seconds", "listen_sentences", "auto_batch", "max_bad_steps", "deepspeed", "checkpointing", "compile")
+FREE += ("deterministic",)
 
 
 @dataclass
@@ -294,7 +295,7 @@ class Meter:
             "lr": task.learning_rate(progress.step - 1),
             f"{task.settings['unit']}_per_s": rate,
             "padding": 1 - totals["positions"] / totals["padded"],
-            "memory_gb": peak_memory(self.engine.device) / 1e9,
+            "memory_gb": device.peak_memory(self.engine.device) / 1e9,
         }
         if task.peak:
             facts["mfu"] = rate / (task.peak * self.engine.world_size)
@@ -319,15 +320,6 @@ class Meter:
                     f"the gradient was not finite {limit} times in a row, last with {utts} (kept in {path}); lower "
                     "train.lr, or listen to these recordings"
                 )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that were in use at once so far, on the card or by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with open("/proc/self/status") as file:  # getrusage would count what the parent had before it started this process
-        facts = dict(line.split(":", 1) for line in file)
-    return int(facts["VmHWM"].split()[0]) * 1024
 
 
 def resume(engine: Engine, task: Task, last: Path) -> Progress:

@@ -23,7 +23,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.parity_page = Page(config.getoption("--goldens"))
+    config.parity_page, config.parity_lines = Page(config.getoption("--goldens")), []
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Side by side (pytest-xdist): a file stays in one process, and those on the walked copy of the recipe together."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            name = "recipe" if item.path.stem in ("test_recipe", "test_machines") else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -32,11 +41,24 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
             item.config.parity_page.whole = False
 
 
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    page = config.parity_page
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """Take the page from the process that compared."""
+    node.config.parity_lines += getattr(node, "workeroutput", {}).get("parity", [])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    page = session.config.parity_page
     if page.files or page.absent:
+        session.config.parity_lines += page.lines()
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["parity"] = session.config.parity_lines
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if config.parity_lines:
         terminalreporter.section("recorded numbers of the reference")
-        for line in page.lines():
+        for line in config.parity_lines:
             terminalreporter.write_line(line)
 
 

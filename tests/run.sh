@@ -15,4 +15,6 @@ ruff check .
 find . \( -name .venv -o -name data -o -name exp -o -name pretrained_models \) -prune -o \
   \( -name '*.sh' -o -path './.ci/run' \) -type f -exec shellcheck -x {} +
 echo "tests/run.sh: ruff and shellcheck find nothing"
-python -m pytest "$@"
+cores=$(nproc)
+export OMP_NUM_THREADS=1   # side by side instead: threads that spin for each other's cores cost ten times as much
+python -m pytest --numprocesses "$((cores < 4 ? cores : 4))" --dist loadgroup "$@"

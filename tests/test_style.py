@@ -45,7 +45,7 @@ FLOORS = {
     "texts": {"files"},
     "ranks": {"files"},
     "memory": {"engine"},
-    "training": {"files", "checkpoint", "engine"},
+    "training": {"files", "checkpoint", "device", "engine"},
     "listening": {"audio", "checkpoint", "engine", "shards", "synthesis", "table", "texts"},
     "checkpoint": {"files", "conf"},
     "engine": {"files", "checkpoint", "ranks"},

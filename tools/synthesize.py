@@ -13,9 +13,9 @@ writes  OUT_DIR/wav/*.wav (24 kHz); wav.scp text utt2spk spk2utt utt2dur: a data
 """
 
 import json
-import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -98,17 +98,17 @@ def speak_all(synthesizer: Synthesizer, sentences: list[Sentence], speakers: dic
     return rows, sorted(facts, key=lambda known: known["utt"])
 
 
-def write_summary(out: Path, facts: list[dict], spent: float, where: torch.device) -> str:
+def write_summary(out: Path, facts: list[dict], spent: float, phases: Mapping[str, float], where: torch.device) -> str:
     """Write synth.json and return the line that sums it up."""
     seconds, tokens = sum(known["seconds"] for known in facts), sum(known["tokens"] for known in facts)
-    peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
     total = {
         "sentences": len(facts),
         "seconds": round(seconds, 2),
         "seconds_spent": round(spent, 2),
+        "seconds_of": {name: round(part, 2) for name, part in phases.items()},
         "real_time_factor": round(spent / max(seconds, 1e-9), 3),
         "tokens_per_second": round(tokens / max(spent, 1e-9), 1),
-        "memory_gb": round((peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9, 2),
+        "memory_gb": round(device.peak_memory(where) / 1e9, 2),
     }
     with whole(out / "synth.json") as part:
         part.write_text(
@@ -157,7 +157,7 @@ def main() -> None:
     rows, facts = speak_all(synthesizer, sentences, speakers, args.out_dir, args.format, settings["synth"]["batch"])
     if rows:
         write_data_dir(args.out_dir, rows)
-    said = write_summary(args.out_dir, facts, time.monotonic() - start, where)
+    said = write_summary(args.out_dir, facts, time.monotonic() - start, synthesizer.spent, where)
     unended = [known["utt"] for known in facts if not known["ended"]]
     if unended and not args.tokens:
         print(f"did not end by themselves, tried twice: {' '.join(unended)}")

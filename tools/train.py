@@ -180,7 +180,7 @@ def dry_run(machine: engine.Engine, data: Data, log: Callable[[str], None]) -> N
     without = [name for name, p in machine.module.named_parameters() if p.requires_grad and p.grad is None]
     log(
         f"dry run: loss {loss.item():.4f}, parameters without gradient: {' '.join(without) or 'none'}, peak memory "
-        f"{training.peak_memory(machine.device) / 1e9:.2f} GB"
+        f"{device.peak_memory(machine.device) / 1e9:.2f} GB"
     )
 
 

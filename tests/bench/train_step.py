@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cosyvoice_ft import audio, cli, conf, dataset, device, engine, training
+from cosyvoice_ft import audio, cli, conf, dataset, device, engine
 from cosyvoice_ft.files import BadInput
 from cosyvoice_ft.models import flow, llm
 from cosyvoice_ft.models.cfm import CausalConditionalCFM
@@ -155,7 +155,7 @@ def case(part: str, way: str, dtype: str, layers: int, size: int, updates: int, 
         "loss": first_loss,
         "step": sum(seconds.values()) / updates,
         "rate": done / sum(seconds.values()),
-        "memory": training.peak_memory(place) / 1e9,
+        "memory": device.peak_memory(place) / 1e9,
     }
 
 
