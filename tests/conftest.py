@@ -26,15 +26,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.parity_page, config.parity_lines = Page(config.getoption("--goldens")), []
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Side by side (pytest-xdist): a file stays in one process, and those on the walked copy of the recipe together."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            name = "recipe" if item.path.stem in ("test_recipe", "test_machines") else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(name))
-
-
 def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name == "test_parity.py":
@@ -145,11 +136,3 @@ def run(clone):
         return done
 
     return call
-
-
-@pytest.fixture(scope="session")
-def walked(clone, run):
-    """What the screen showed of conf/tiny.yaml through all stages."""
-    done = run("--conf", "conf/tiny.yaml")
-    assert not [line for line in done.stderr.splitlines() if "Error" in line or "Traceback" in line], done.stderr
-    return done

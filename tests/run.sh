@@ -17,4 +17,4 @@ find . \( -name .venv -o -name data -o -name exp -o -name pretrained_models \) -
 echo "tests/run.sh: ruff and shellcheck find nothing"
 cores=$(nproc)
 export OMP_NUM_THREADS=1   # side by side instead: threads that spin for each other's cores cost ten times as much
-python -m pytest --numprocesses "$((cores < 4 ? cores : 4))" --dist loadgroup "$@"
+python -m pytest --numprocesses "$((cores < 4 ? cores : 4))" --dist loadfile "$@"

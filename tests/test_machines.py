@@ -31,6 +31,12 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
+def packed(run):
+    """Stages -1 to 3 of conf/tiny.yaml."""
+    run("--conf", "conf/tiny.yaml", "--stop_stage", 3)
+
+
+@pytest.fixture(scope="module")
 def llm_words():
     """One epoch of the llm in small batches, without listening."""
     words = ["--conf", "conf/tiny.yaml", "--train.listen_seconds=0", "--train.llm.max_epoch=1", "--train.num_workers=0"]
@@ -38,7 +44,7 @@ def llm_words():
 
 
 @pytest.fixture(scope="module")
-def one_process(clone, walked, run_tool, llm_words, tmp_path_factory):
+def one_process(clone, packed, run_tool, llm_words, tmp_path_factory):
     """The weights after an epoch of one process with two batches an update."""
     out = tmp_path_factory.mktemp("one") / "llm"
     run_tool("tools/train.py", "llm", "data/tiny", out, *llm_words, "--train.accum_grad=2", cwd=clone)
@@ -158,7 +164,7 @@ def what_is_left(machines: list[subprocess.Popen], number: signal.Signals) -> tu
             machine.communicate()
 
 
-def test_a_machine_that_dies_ends_the_other_within_a_minute(clone, walked, tmp_path):
+def test_a_machine_that_dies_ends_the_other_within_a_minute(clone, packed, tmp_path):
     """SIGKILL of all on one machine while it trains without end."""
     command = ["tools/train.py", "llm", "data/tiny", tmp_path / "llm", "--conf", "conf/tiny.yaml"]
     command += ["--train.llm.max_epoch=100000", "--train.patience=0", "--train.listen_seconds=0"]
@@ -175,7 +181,7 @@ def test_a_machine_that_falls_silent_is_given_up(root, tmp_path):
     assert "another process failed: rank 1 gave no sign of life for 5 s" in said, said[-3000:]
 
 
-def test_a_process_that_fails_tells_the_others_why(clone, walked, tmp_path):
+def test_a_process_that_fails_tells_the_others_why(clone, packed, tmp_path):
     """Two processes; the second cannot write its file after an epoch: both end, and say whose fault it was."""
     command = ["torchrun", "--standalone", "--nproc_per_node=2", "tools/train.py", "llm", "data/tiny", tmp_path / "llm"]
     command += ["--conf", "conf/tiny.yaml", "--train.listen_seconds=0", "--train.num_workers=0", "--train.lr=1e30"]

@@ -18,6 +18,14 @@ from cosyvoice_ft.files import BadInput
 from cosyvoice_ft.table import read_table
 
 
+@pytest.fixture(scope="module")
+def walked(clone, run):
+    """What the screen showed of conf/tiny.yaml through all stages."""
+    done = run("--conf", "conf/tiny.yaml")
+    assert not [line for line in done.stderr.splitlines() if "Error" in line or "Traceback" in line], done.stderr
+    return done
+
+
 def test_all_stages(clone, walked):
     said = walked.stdout
     assert [f"stage {n}:" in said for n in range(-1, 9)] == [True] * 10
