@@ -201,7 +201,8 @@ def dry_run(clone, walked, train_tool, monkeypatch, capsys, tmp_path):
 def test_every_shipped_conf_is_dry_run(dry_run, conf, part):
     said = dry_run(part, "--conf", f"conf/{conf}")
     assert re.search(r"dry run: loss \d+\.\d+, parameters without gradient: .*, peak memory \d+\.\d+ GB", said), said
-    assert "memory, GB: weights" in said and (conf != "gpu12g.yaml" or part != "llm" or "0.0 M frozen" not in said)
+    assert "memory, GB: weights" in said
+    assert ("'freeze': ['^llm" in said) == (conf == "gpu12g.yaml" and part == "llm")
 
 
 def test_deterministic_is_dry_run(dry_run):
