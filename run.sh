@@ -13,7 +13,7 @@ stage=-1              # first stage
 stop_stage=7          # last stage
 corpus=               # folder with the recordings; stands for --corpus.dir
 nproc=1               # processes of stages 4 and 5, one a card
-tune=llm_flow         # what stage 6 takes from training: llm_flow (exp/NAME/model) | llm (model_llm) | flow (model_flow)
+tune=llm_flow         # what of the training speaks: llm_flow (model, synth) | llm (model_llm, synth_llm) | flow (..._flow)
 # ---- end of options
 . tools/parse_options.sh
 
@@ -33,8 +33,8 @@ values=$(python tools/print_conf.py "${settings[@]}" \
 data=data/$name
 exp=exp/$name
 case $tune in
-  llm_flow) model=$exp/model ;;
-  llm | flow) model=$exp/model_$tune ;;
+  llm_flow) model=$exp/model synth=$exp/synth ;;
+  llm | flow) model=$exp/model_$tune synth=$exp/synth_$tune ;;
   *) die "--tune is '$tune'; one of: llm_flow llm flow" ;;
 esac
 train=(python)
@@ -103,15 +103,14 @@ fi
 if at 7 "speak: texts -> exp/NAME/synth, and with the base model -> exp/NAME/synth_base"; then
   need "$model/llm.pt" 6
   [ -n "$texts" ] || die "synth.texts is not set; name a file with one sentence a line: --synth.texts FILE"
-  python tools/synthesize.py "$model" "$texts" "$exp/synth" "${settings[@]}"
+  python tools/synthesize.py "$model" "$texts" "$synth" "${settings[@]}"
   python tools/synthesize.py "$model" "$texts" "$exp/synth_base" --model base "${settings[@]}"
 fi
 
-
 log "stages $stage to $stop_stage done in $((SECONDS - start)) s"
 if [ "$stage" -le 7 ] && [ "$stop_stage" -ge 7 ]; then
-  python tools/show_result.py natural="$data/dev" base="$exp/synth_base" tuned="$exp/synth" "${settings[@]}"
-  echo "  hear it:        $exp/synth/wav/   (what each file says: $exp/synth/text; the base model: $exp/synth_base)"
+  python tools/show_result.py natural="$data/dev" base="$exp/synth_base" tuned="$synth" "${settings[@]}"
+  echo "  hear it:        $synth/wav/   (what each file says: $synth/text; the base model: $exp/synth_base)"
   echo "  say more:       python tools/synthesize.py $model SENTENCES.txt OUT --conf $conf   (first: . ./path.sh)"
   echo "  watch it learn: tensorboard --logdir $exp"
   echo "  train on:       bash run.sh --conf $conf --stage 4 --train.llm.max_epoch N --train.flow.max_epoch M"

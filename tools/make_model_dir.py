@@ -34,7 +34,7 @@ README = """\
 # A voice fine-tuned with cosyvoice_ft
 
 Base: {base}. Tuned: {tuned}. Speakers: {speakers}.
-{corpus}
+{corpus} Commit of the recipe: {commit}.
 
 With the recipe:
 
@@ -119,7 +119,6 @@ def facts_of(out: Path, data: Path, tuned: dict[str, Path | None], settings: dic
         for name, path in tuned.items()
         if path and path.with_suffix(".yaml").is_file()
     }
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], text=True, capture_output=True)
     return {
         "name": str(out),
         "model": settings["model"],
@@ -128,8 +127,16 @@ def facts_of(out: Path, data: Path, tuned: dict[str, Path | None], settings: dic
         "epochs_averaged": epochs,
         "corpus": {"utterances": len(seconds), "minutes": round(sum(seconds) / 60, 1)},
         "prompts": prompts,
-        "commit": described.stdout.strip() or "unknown",
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Return the commit of the recipe, "unknown" without git."""
+    if not shutil.which("git"):
+        return "unknown"
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], text=True, capture_output=True)
+    return done.stdout.strip() or "unknown"
 
 
 def describe(part: Path, facts: dict, speakers: list[str]) -> None:
@@ -144,6 +151,7 @@ def describe(part: Path, facts: dict, speakers: list[str]) -> None:
             tuned=", ".join(tuned) or "nothing",
             speakers=", ".join(speakers),
             corpus=f"Trained on {corpus['utterances']} utterances, {corpus['minutes']} minutes.",
+            commit=facts["commit"],
             name=facts["name"],
             speaker=speakers[-1],
         ),
