@@ -29,7 +29,7 @@ bash tools/install.sh
 settings=(--conf "$conf" "${overrides[@]}")
 values=$(python tools/print_conf.py "${settings[@]}" \
   name pretrained_dir pretrained_source synth.texts)
-{ read -r name; read -r base; read -r source; read -r texts; } <<< "$values"
+{ read -r name; read -r base; read -r source; read -r texts || true; } <<< "$values"   # the last may be empty
 data=data/$name
 exp=exp/$name
 case $tune in

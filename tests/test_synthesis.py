@@ -369,9 +369,13 @@ def test_a_prompt_from_the_command_line_and_speed(run_tool, model_dir, root, tmp
     error = run_tool("tools/synthesize.py", out, tmp_path / "t.txt", tmp_path / "o", *quick, "--prompt", clip, status=1)
     assert "needs what the prompt of 'demo_002' says: --prompt_text TEXT" in error.stderr
     quick += ["--prompt", clip, "--prompt_text", "The baker opens her shop at six."]
-    for speed, option in ((1.0, "--synth.speed"), (2.0, "--speed")):
-        run_tool("tools/synthesize.py", out, tmp_path / "t.txt", tmp_path / str(speed), *quick, option, speed)
-    frames = [soundfile.info(tmp_path / s / "wav/demo_002-zero_shot-001.wav").frames for s in ("1.0", "2.0")]
+    frames = []
+    for spk, option in (("demo_002", ["--synth.speed", 1]), ("my_own/voice", ["--speed", 2, "--spk", "my own/voice"])):
+        out_dir = tmp_path / spk
+        run_tool("tools/synthesize.py", out, tmp_path / "t.txt", out_dir, *quick, *option)
+        name = spk.replace("/", "_")
+        assert read_table(out_dir / "utt2spk") == {f"{name}-zero_shot-001": name}
+        frames.append(soundfile.info(out_dir / f"wav/{name}-zero_shot-001.wav").frames)
     assert frames[1] == frames[0] // 960 * 960 // 2
 
 

@@ -13,6 +13,7 @@ writes  OUT_DIR/wav/*.wav (24 kHz); wav.scp text utt2spk spk2utt utt2dur: a data
 """
 
 import json
+import re
 import resource
 import sys
 import time
@@ -56,6 +57,7 @@ def sentences_of(lines: list[Line], synthesizer: Synthesizer, prompt: tuple[str,
             raise BadInput(f"{line.where}: speaker '{spk}' has no prompt for mode {line.mode}; {cure}")
         if line.mode == "zero_shot" and not voice.prompt_text:
             raise BadInput(f"{line.where}: mode zero_shot needs what the prompt of '{spk}' says: --prompt_text TEXT")
+        spk = re.sub(r"[\s/]+", "_", spk)  # names files, and the first word of a line in the tables
         number = counts[spk, line.mode] = counts.get((spk, line.mode), 0) + 1
         utt = f"{spk}-{line.mode}-{number:03d}"  # sorted by speaker too, as Kaldi wants it
         speakers[utt] = spk
@@ -164,7 +166,7 @@ def main() -> None:
     prompt = None
     if args.prompt:
         voice = prompt_voice(args.prompt, args.prompt_text, synthesizer, args.model_dir, settings)
-        prompt = (args.spk or args.prompt.stem.replace(" ", "_"), voice)
+        prompt = (args.spk or args.prompt.stem, voice)
     if args.tokens:
         sentences, speakers = natural_sentences(args.texts, settings)
     else:
