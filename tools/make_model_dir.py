@@ -48,6 +48,9 @@ With the official CosyVoice code (model_dir: this folder):
         part["tts_speech"]                                    # (1, T) at 24 kHz
     for part in model.inference_zero_shot("...", "", "", zero_shot_spk_id="{speaker}"):
         part["tts_speech"]
+
+For load_trt=True, export the estimator from this folder first (its cosyvoice/bin/export_onnx.py): the base's own was
+left out, because it would be used in place of the tuned weights.
 """
 
 
