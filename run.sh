@@ -17,7 +17,7 @@ num_nodes=1           # machines with a shared disk that train together in stage
 node_rank=0           # ... with its number, from 0 ...
 master_addr=          # ... and the address of machine 0, at whose ports 29500 and 29501 (or MASTER_PORT and the next) they meet
 fresh=false           # true: stages 4 and 5 start anew; the earlier training stays as exp/NAME/llm.1
-tune=llm_flow         # what stage 6 takes from training: llm_flow (exp/NAME/model) | llm (model_llm) | flow (model_flow)
+tune=llm_flow         # what of the training speaks: llm_flow (model, synth) | llm (model_llm, synth_llm) | flow (..._flow)
 # ---- end of options
 . tools/parse_options.sh
 
@@ -49,12 +49,12 @@ bash tools/install.sh
 settings=(--conf "$conf" "${overrides[@]}")
 values=$(python tools/print_conf.py "${settings[@]}" \
   name pretrained_dir pretrained_source synth.texts)
-{ read -r name; read -r base; read -r source; read -r texts; } <<< "$values"
+{ read -r name; read -r base; read -r source; read -r texts || true; } <<< "$values"   # the last may be empty
 data=data/$name
 exp=exp/$name
 case $tune in
-  llm_flow) model=$exp/model ;;
-  llm | flow) model=$exp/model_$tune ;;
+  llm_flow) model=$exp/model synth=$exp/synth ;;
+  llm | flow) model=$exp/model_$tune synth=$exp/synth_$tune ;;
   *) die "--tune is '$tune'; one of: llm_flow llm flow" ;;
 esac
 case $fresh in true | false) ;; *) die "--fresh is '$fresh'; it is true or false" ;; esac
@@ -128,23 +128,23 @@ fi
 if at 7 "speak: texts -> exp/NAME/synth, and with the base model -> exp/NAME/synth_base"; then
   need "$model/llm.pt" 6 "$exp/llm/last.pt" "$exp/flow/last.pt"
   [ -n "$texts" ] || die "synth.texts is not set; name a file with one sentence a line: --synth.texts FILE"
-  python tools/synthesize.py "$model" "$texts" "$exp/synth" "${settings[@]}"
+  python tools/synthesize.py "$model" "$texts" "$synth" "${settings[@]}"
   python tools/synthesize.py "$model" "$texts" "$exp/synth_base" --model base "${settings[@]}"
 fi
 
 if at 8 "score: exp/NAME/synth, natural recordings and base -> score.tsv score.json"; then
-  need "$exp/synth/wav.scp" 7
+  need "$synth/wav.scp" 7
   need "$exp/synth_base/wav.scp" 7
   need "$data/dev/wav.scp" 0
-  python tools/score.py "$exp/synth" --natural "$data/dev" --base "$exp/synth_base" "${settings[@]}"
+  python tools/score.py "$synth" --natural "$data/dev" --base "$exp/synth_base" "${settings[@]}"
 fi
 
 log "stages $stage to $stop_stage done in $((SECONDS - start)) s"
 if [ "$stage" -le 8 ] && [ "$stop_stage" -ge 7 ]; then
   if [ "$stop_stage" -lt 8 ]; then   # stage 8 has just said more
-    python tools/show_result.py natural="$data/dev" base="$exp/synth_base" tuned="$exp/synth" "${settings[@]}"
+    python tools/show_result.py natural="$data/dev" base="$exp/synth_base" tuned="$synth" "${settings[@]}"
   fi
-  echo "  hear it:        $exp/synth/wav/   (what each file says: $exp/synth/text; the base model: $exp/synth_base)"
+  echo "  hear it:        $synth/wav/   (what each file says: $synth/text; the base model: $exp/synth_base)"
   echo "  say more:       python tools/synthesize.py $model SENTENCES.txt OUT --conf $conf   (first: . ./path.sh)"
   echo "  watch it learn: tensorboard --logdir $exp"
   echo "  train on:       bash run.sh --conf $conf --stage 4 --train.llm.max_epoch N --train.flow.max_epoch M"

@@ -12,10 +12,10 @@ Every segment draws from a generator keyed by (seed, its text, its place), so wh
 spoken beside it.
 """
 
-import contextlib
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,9 @@ from cosyvoice_ft.models.hift import HiFTGenerator
 from cosyvoice_ft.models.llm import Qwen2LM, Request
 from cosyvoice_ft.models.sampling import ras_sampling
 
-MODES = ("sft", "zero_shot", "cross_lingual", "instruct")
 PHASES = ("text", "llm", "flow", "vocoder")
+MODES = ("sft", "zero_shot", "cross_lingual", "instruct")
+NOTHING = "nothing in it can be spoken"
 MAX_TOKENS = 2000  # speech tokens that the flow takes side by side, 80 s
 PROMPT_FIELDS = ("prompt_text", "llm_prompt_speech_token", "flow_prompt_speech_token", "prompt_speech_feat")
 
@@ -117,9 +118,10 @@ class Spoken:
 
     sentence: Sentence
     wav: Tensor  # (T,) at 24 kHz
-    tokens: int
+    tokens: list[int]  # speech tokens of all segments
     ended: bool  # every segment ended by itself, before the limit of its length
     retried: bool  # a segment hit the limit and was spoken again with another seed
+    trouble: str = ""  # why nothing, or not all, could be spoken
 
 
 @dataclass
@@ -134,10 +136,14 @@ class Segment:
     ended: bool = True
     retried: bool = False
     wav: Tensor | None = None
+    trouble: str = ""
 
 
 class Synthesizer:
-    """The three networks, the tokenizer and the voices of a model directory, loaded once."""
+    """The three networks, the tokenizer and the voices of a model directory, loaded once.
+
+    seconds: what each of PHASES has taken so far.
+    """
 
     def __init__(
         self,
@@ -151,6 +157,8 @@ class Synthesizer:
         if not model_dir.is_dir():
             raise BadInput(f"{model_dir}: no such model directory; stage 6 makes exp/NAME/model")
         conf.check_model_yaml(settings, model_dir)
+        if not 0.1 <= settings["synth"]["speed"] <= 10:
+            raise BadInput(f"synth.speed is {settings['synth']['speed']}; from 0.1, slow, to 10")
         self.settings, self.device = settings, device
         self.tokenizer = text.Tokenizer(model_dir)
         self.llm, self.flow, self.hift = (
@@ -159,10 +167,19 @@ class Synthesizer:
         )
         if "hift" not in given:
             self.hift.fold_weight_norm()
-        self.spent = dict.fromkeys(PHASES, 0.0)  # seconds; each ends with a result that has been waited for
         path = model_dir / "spk2info.pt"
         info = checkpoint.load(path) if path.is_file() else {}
         self.voices = {name: Voice.from_info(entry) for name, entry in info.items()}
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add what is done inside to `seconds` of a phase; a card has finished it, too."""
+        start = time.monotonic()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] += time.monotonic() - start
 
     def voice(self, name: str | None) -> tuple[str, Voice]:
         """Return the speaker `name`, or the only one there is. Raises BadInput naming those there are."""
@@ -173,31 +190,27 @@ class Synthesizer:
             raise BadInput(f"speaker '{name or ''}' is unknown; known: {known}")
         return name, self.voices[name]
 
-    @contextlib.contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time that the block takes to `spent`."""
-        start = time.monotonic()
-        yield
-        self.spent[phase] += time.monotonic() - start
-
     @torch.inference_mode()
     def speak(self, sentences: Sequence[Sentence], batch_size: int = 8) -> Iterator[Spoken]:
         """Speak sentences of a like length side by side; yield each when all of it has been spoken.
 
         A sentence of which nothing can be spoken comes back with an empty wave.
         """
-        waiting = {number: self.segments(sentence) for number, sentence in enumerate(sentences)}
+        with self.timed("text"):
+            waiting = {number: self.segments(sentence) for number, sentence in enumerate(sentences)}
         queue = sorted((part for parts in waiting.values() for part in parts), key=lambda part: len(part.ids))
         for number in [number for number, parts in waiting.items() if not parts]:
             del waiting[number]
-            yield Spoken(sentences[number], torch.zeros(0), 0, False, False)
+            yield Spoken(sentences[number], torch.zeros(0), [], False, False, NOTHING)
         for start in range(0, len(queue), batch_size):
             group = queue[start : start + batch_size]
-            self.add_tokens([part for part in group if part.sentence.tokens is None])
+            with self.timed("llm"):
+                self.add_tokens([part for part in group if part.sentence.tokens is None])
             for some in bounded([part for part in group if part.tokens]):
                 self.add_waves(some)
             for part in group:
-                part.wav = torch.zeros(0) if part.wav is None else part.wav
+                if part.wav is None:
+                    part.wav, part.trouble = torch.zeros(0), part.trouble or "the language model said nothing"
             for number in [n for n, parts in waiting.items() if all(part.wav is not None for part in parts)]:
                 yield self.join(sentences[number], waiting.pop(number))
 
@@ -210,8 +223,7 @@ class Synthesizer:
             prompt = sentence.voice.prompt_text
         elif sentence.mode == "instruct":
             prompt = self.tokenizer.encode(sentence.instruction + text.END_OF_PROMPT)
-        with self.timed("text"):
-            parts = text.segments(sentence.text, self.tokenizer, self.settings["text"]["frontend"])
+        parts = text.segments(sentence.text, self.tokenizer, self.settings["text"]["frontend"])
         keys = [(sentence.seed, number, zlib.crc32(part.encode())) for number, part in enumerate(parts)]
         return [
             Segment(sentence, self.tokenizer.encode(part), prompt, key) for part, key in zip(parts, keys, strict=True)
@@ -234,43 +246,59 @@ class Synthesizer:
             sample = partial(ras_sampling, uniform=np.random.default_rng(part.seed).random, **own["sampling"])
             speech = part.sentence.voice.prompt_token.tolist() if part.sentence.mode == "zero_shot" else []
             requests.append(Request(part.ids, sample, part.prompt_text, speech, **ratios))
-        with self.timed("llm"):
-            for number, token in self.llm.decode_rows(requests):
-                parts[number].tokens.append(token)
+        for number, token in self.llm.decode_rows(requests):
+            parts[number].tokens.append(token)
         for part in parts:
             part.ended = 0 < len(part.tokens) < int(len(part.ids) * own["max_token_text_ratio"])
 
     def add_waves(self, parts: Sequence[Segment]) -> None:
-        """Speech tokens -> mel, side by side -> waves, one by one: a vocoder row hears the padding beside it."""
+        """Speech tokens -> waves; where that fails, one by one, and what fails alone has a `trouble`."""
+        failure = ""
+        try:
+            with self.timed("flow"):
+                mels = self.mels(parts)
+            with self.timed("vocoder"):
+                for part, mel in zip(parts, mels, strict=True):
+                    part.wav = self.wave(mel, part.seed)
+        except (BadInput, torch.OutOfMemoryError) as error:
+            failure = str(error).split("\n")[0]
+        if failure and len(parts) == 1:
+            parts[0].trouble = failure
+        elif failure:  # after the handler: the error holds on to the memory of what failed
+            for part in parts:
+                self.add_waves([part])
+
+    def mels(self, parts: Sequence[Segment]) -> list[Tensor]:
+        """Speech tokens -> the mel (1, 80, T) of each, side by side."""
         prompted = [part.sentence.mode != "sft" for part in parts]
         none = Voice(torch.zeros(1, 1))
         prompts = [part.sentence.voice if yes else none for part, yes in zip(parts, prompted, strict=True)]
-        with self.timed("flow"):
-            mel, frames = self.flow.inference(
-                token=[torch.tensor(part.tokens) for part in parts],
-                prompt_token=[voice.prompt_token for voice in prompts],
-                prompt_feat=[voice.prompt_feat for voice in prompts],
-                embedding=torch.cat([part.sentence.voice.embedding for part in parts]).to(self.device),
-                n_timesteps=self.settings["flow"]["n_timesteps"],
-            )
-            lengths = frames.tolist()
+        mel, frames = self.flow.inference(
+            token=[torch.tensor(part.tokens) for part in parts],
+            prompt_token=[voice.prompt_token for voice in prompts],
+            prompt_feat=[voice.prompt_feat for voice in prompts],
+            embedding=torch.cat([part.sentence.voice.embedding for part in parts]).to(self.device),
+            n_timesteps=self.settings["flow"]["n_timesteps"],
+        )
+        return [row[None, :, :n] for row, n in zip(mel, frames.tolist(), strict=True)]
+
+    def wave(self, mel: Tensor, seed: tuple[int, ...]) -> Tensor:
+        """Mel (1, 80, T) -> wave (480 T / speed,). Never side by side: a vocoder row hears the padding beside it."""
         speed = self.settings["synth"]["speed"]
-        for part, row, n in zip(parts, mel, lengths, strict=True):
-            row = row[None, :, :n]
-            if speed != 1:
-                row = F.interpolate(row, size=max(1, int(n / speed)), mode="linear")
-            seed = int(np.random.default_rng(part.seed).integers(2**63))
-            with self.timed("vocoder"):
-                part.wav = self.hift(row, generator=torch.Generator().manual_seed(seed))[0][0].cpu()
+        if speed != 1:
+            mel = F.interpolate(mel, size=max(1, int(mel.shape[2] / speed)), mode="linear")
+        generator = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**63)))
+        return self.hift(mel, generator=generator)[0][0].cpu()
 
     def join(self, sentence: Sentence, parts: Sequence[Segment]) -> Spoken:
         """Put the segments of a sentence together, with a pause between them."""
         pause = torch.zeros(round(self.settings["synth"]["pause"] * audio.SAMPLE_RATE))
         waves = [wave for part in parts if len(part.wav) for wave in (pause, part.wav)][1:]
         wav = torch.cat(waves) if waves else torch.zeros(0)
-        tokens = sum(len(part.tokens) for part in parts)
+        tokens = [token for part in parts for token in part.tokens]
         ended, retried = all(part.ended for part in parts), any(part.retried for part in parts)
-        return Spoken(sentence, wav, tokens, ended, retried)
+        trouble = "; ".join(dict.fromkeys(part.trouble for part in parts if part.trouble))
+        return Spoken(sentence, wav, tokens, ended and not trouble, retried, trouble)
 
 
 def bounded(parts: Sequence[Segment]) -> Iterator[list[Segment]]:

@@ -9,7 +9,7 @@ modes is spoken as sft.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cosyvoice_ft.files import BadInput
@@ -29,12 +29,13 @@ MODES = {
 
 @dataclass
 class Line:
-    """One sentence as the file gives it; spk None: the file does not say."""
+    """One sentence as the file gives it; spk None: the file does not say. where: file and line, for messages."""
 
     spk: str | None
     mode: str
     text: str
     instruction: str = ""
+    where: str = field(default="", compare=False)
 
 
 def read_texts(path: Path, mode: str = "sft") -> list[Line]:
@@ -51,7 +52,8 @@ def read_texts(path: Path, mode: str = "sft") -> list[Line]:
     if path.suffix == ".json":
         lines = Json(path, content).lines()
     else:
-        lines = [Line(None, mode, line.strip()) for line in content.splitlines() if line.strip()]
+        numbered = enumerate(content.splitlines(), 1)
+        lines = [Line(None, mode, line.strip(), where=f"{path}:{n}") for n, line in numbered if line.strip()]
     if not lines:
         raise BadInput(f"{path}: no sentences; write one a line")
     return lines
@@ -72,14 +74,16 @@ class Json:
     def no_key_twice(self, pairs: list[tuple]) -> dict:
         for i, (key, _) in enumerate(pairs):
             if key in dict(pairs[:i]):
-                raise self.wrong(f"'{key}' is there twice", key)
+                raise BadInput(f"{self.where(key)}: '{key}' is there twice")
         return dict(pairs)
 
-    def wrong(self, what: str, key: str) -> BadInput:
-        """Return the error for what stands at `key`, with its line."""
-        found = re.search(re.escape(json.dumps(key, ensure_ascii=False)), self.content)
-        line = self.content.count("\n", 0, found.start()) + 1 if found else 1
-        return BadInput(f"{self.path}:{line}: {what}")
+    def where(self, *keys: str) -> str:
+        """Return file and line of the last of these keys, each of which stands in the value of the one before."""
+        position = 0
+        for key in keys:
+            found = re.compile(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:").search(self.content, position)
+            position = found.end() if found else position
+        return f"{self.path}:{self.content.count(chr(10), 0, position) + 1}"
 
     def lines(self) -> list[Line]:
         if not isinstance(self.data, dict):
@@ -92,19 +96,21 @@ class Json:
         ]
 
     def of_mode(self, spk: str, mode: str, value) -> list[Line]:
+        where = self.where(spk, mode)
         if mode not in MODES:
-            known = ", ".join(MODES)
-            raise self.wrong(f"'{spk}': mode '{mode}' is unknown; one of: {known}", mode)
+            raise BadInput(f"{where}: '{spk}': mode '{mode}' is unknown; one of: {', '.join(MODES)}")
         entries = value if isinstance(value, list) else [value]
         if MODES[mode] != "instruct":
             for entry in entries:
-                if not isinstance(entry, str) or not entry.strip():
-                    raise self.wrong(f"'{spk}', '{mode}': {entry!r} is not a sentence", mode)
-            return [Line(spk, MODES[mode], entry.strip()) for entry in entries]
+                if not is_text(entry):
+                    raise BadInput(f"{where}: '{spk}', '{mode}': {entry!r} is not a sentence")
+            return [Line(spk, MODES[mode], entry.strip(), where=where) for entry in entries]
         for entry in entries:
-            if not isinstance(entry, dict) or not all(
-                str(entry.get(key, "")).strip() for key in ("instruction", "text")
-            ):
+            if not isinstance(entry, dict) or not all(is_text(entry.get(key)) for key in ("instruction", "text")):
                 shape = '{"instruction": "...", "text": "..."}'
-                raise self.wrong(f"'{spk}', '{mode}': every entry is {shape}", mode)
-        return [Line(spk, "instruct", entry["text"].strip(), entry["instruction"].strip()) for entry in entries]
+                raise BadInput(f"{where}: '{spk}', '{mode}': every entry is {shape}")
+        return [Line(spk, "instruct", entry["text"].strip(), entry["instruction"].strip(), where) for entry in entries]
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())

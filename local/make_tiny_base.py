@@ -2,15 +2,18 @@
 """Make a small CosyVoice2 model directory with seeded random weights, for trying the recipe without a download.
 
     python local/make_tiny_base.py pretrained_models/tiny-cosyvoice2
+    python local/make_tiny_base.py /tmp/random-0.5B --size released    # 2.6 GB, for measuring time and memory
 
 writes every file of CosyVoice2-0.5B under its name and in its format (CosyVoice-BlankEN/, llm.pt, flow.pt, hift.pt,
 campplus.onnx, speech_tokenizer_v2.onnx and its twin for batches, cosyvoice2.yaml). It knows nothing of speech: it
 speaks noise by design. The ONNX models are random projections, so that the same sound gives the same tokens and the
-same vector.
+same vector. The official code builds an encoder of width 512 whatever the yaml says: it takes the sizes official and
+released, this recipe takes all three.
 """
 
 import json
 import tempfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,21 +35,47 @@ SEED = 1986
 MERGES = ("Ġ t", "h e", "i n", "r e", "o n", "Ġt he")  # a merges file must not be empty
 END_OF_TEXT = 256 + len(MERGES)  # the bytes, the merges, then the special tokens
 QWEN = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 128,
-    "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 384, "tie_word_embeddings": True, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 32768, "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT,
-    "torch_dtype": "bfloat16",
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "tie_word_embeddings": True,
+    "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "torch_dtype": "bfloat16",
+    "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT,
 }  # fmt: skip
-ENCODER = {"size": 64, "linear_units": 128, "num_blocks": 2, "lookahead_channels": 64}
-ESTIMATOR = {"channels": 64, "time_channels": 256, "inner": 64, "ff": 256, "n_blocks": 1, "num_mid_blocks": 2}
-HIFT = {"base_channels": 64, "cond_channels": 64}
 
-MODEL_YAML = f"""\
-# A tiny model with random weights in the layout of CosyVoice2-0.5B; same keys, smaller numbers.
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the three networks are built with; the arguments left out are those of CosyVoice2-0.5B."""
+
+    qwen: dict
+    encoder: dict
+    estimator: dict
+    hift: dict
+
+
+TINY = Sizes(
+    qwen={"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "vocab_size": 384},
+    encoder={"size": 64, "linear_units": 128, "num_blocks": 2, "lookahead_channels": 64},
+    estimator={"channels": 64, "time_channels": 256, "inner": 64, "ff": 256, "n_blocks": 1, "num_mid_blocks": 2},
+    hift={"base_channels": 64, "cond_channels": 64},
+)  # fmt: skip
+RELEASED = Sizes(
+    qwen={"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+          "num_key_value_heads": 2, "vocab_size": 151936},
+    encoder={"size": 512, "linear_units": 2048, "num_blocks": 6, "lookahead_channels": 512},
+    estimator={"channels": 256, "time_channels": 1024, "inner": 512, "ff": 1024, "n_blocks": 4, "num_mid_blocks": 12},
+    hift={"base_channels": 512, "cond_channels": 512},
+)  # fmt: skip
+SIZES = {
+    "tiny": TINY,
+    "official": replace(TINY, encoder={"size": 512, "linear_units": 128, "num_blocks": 2, "lookahead_channels": 512}),
+    "released": RELEASED,
+}
+
+MODEL_YAML = """\
+# A model with random weights in the layout of CosyVoice2-0.5B.
 sample_rate: 24000
-llm_input_size: {QWEN["hidden_size"]}
-llm_output_size: {QWEN["hidden_size"]}
+llm_input_size: {qwen[hidden_size]}
+llm_output_size: {qwen[hidden_size]}
 spk_embed_dim: 192
 qwen_pretrain_path: ''
 token_frame_rate: 25
@@ -70,7 +99,7 @@ llm: !new:cosyvoice.llm.llm.Qwen2LM
         tau_r: 0.1
 
 flow: !new:cosyvoice.flow.flow.CausalMaskedDiffWithXvec
-    input_size: {ENCODER["size"]}
+    input_size: {encoder[size]}
     output_size: 80
     spk_embed_dim: !ref <spk_embed_dim>
     output_type: 'mel'
@@ -80,10 +109,10 @@ flow: !new:cosyvoice.flow.flow.CausalMaskedDiffWithXvec
     token_mel_ratio: !ref <token_mel_ratio>
     pre_lookahead_len: 3
     encoder: !new:cosyvoice.transformer.upsample_encoder.UpsampleConformerEncoder
-        output_size: {ENCODER["size"]}
+        output_size: {encoder[size]}
         attention_heads: 8
-        linear_units: {ENCODER["linear_units"]}
-        num_blocks: {ENCODER["num_blocks"]}
+        linear_units: {encoder[linear_units]}
+        num_blocks: {encoder[num_blocks]}
         dropout_rate: 0.1
         positional_dropout_rate: 0.1
         attention_dropout_rate: 0.1
@@ -91,7 +120,7 @@ flow: !new:cosyvoice.flow.flow.CausalMaskedDiffWithXvec
         input_layer: 'linear'
         pos_enc_layer_type: 'rel_pos_espnet'
         selfattention_layer_type: 'rel_selfattn'
-        input_size: {ENCODER["size"]}
+        input_size: {encoder[size]}
         use_cnn_module: False
         macaron_style: False
         static_chunk_size: !ref <chunk_size>
@@ -110,11 +139,11 @@ flow: !new:cosyvoice.flow.flow.CausalMaskedDiffWithXvec
         estimator: !new:cosyvoice.flow.decoder.CausalConditionalDecoder
             in_channels: 320
             out_channels: 80
-            channels: [{ESTIMATOR["channels"]}]
+            channels: [{estimator[channels]}]
             dropout: 0.0
-            attention_head_dim: {ESTIMATOR["inner"] // 8}
-            n_blocks: {ESTIMATOR["n_blocks"]}
-            num_mid_blocks: {ESTIMATOR["num_mid_blocks"]}
+            attention_head_dim: {head_dim}
+            n_blocks: {estimator[n_blocks]}
+            num_mid_blocks: {estimator[num_mid_blocks]}
             num_heads: 8
             act_fn: 'gelu'
             static_chunk_size: !ref <chunk_size> * <token_mel_ratio>
@@ -122,7 +151,7 @@ flow: !new:cosyvoice.flow.flow.CausalMaskedDiffWithXvec
 
 hift: !new:cosyvoice.hifigan.generator.HiFTGenerator
     in_channels: 80
-    base_channels: {HIFT["base_channels"]}
+    base_channels: {hift[base_channels]}
     nb_harmonics: 8
     sampling_rate: !ref <sample_rate>
     nsf_alpha: 0.1
@@ -142,11 +171,25 @@ hift: !new:cosyvoice.hifigan.generator.HiFTGenerator
     f0_predictor: !new:cosyvoice.hifigan.f0_predictor.ConvRNNF0Predictor
         num_class: 1
         in_channels: 80
-        cond_channels: {HIFT["cond_channels"]}
+        cond_channels: {hift[cond_channels]}
+
+get_tokenizer: !name:cosyvoice.tokenizer.tokenizer.get_qwen_tokenizer
+    token_path: !ref <qwen_pretrain_path>
+    skip_special_tokens: True
+allowed_special: 'all'
+feat_extractor: !name:matcha.utils.audio.mel_spectrogram
+    n_fft: 1920
+    num_mels: 80
+    sampling_rate: !ref <sample_rate>
+    hop_size: 480
+    win_size: 1920
+    fmin: 0
+    fmax: 8000
+    center: False
 """
 
 
-def save_qwen(folder: Path, llm: Qwen2LM) -> None:
+def save_qwen(folder: Path, llm: Qwen2LM, sizes: dict) -> None:
     """Write CosyVoice-BlankEN: the text model in bf16 and a tokenizer that knows the 256 bytes and little more."""
     from safetensors.torch import save_file
     from tokenizers.pre_tokenizers import ByteLevel
@@ -171,7 +214,7 @@ def save_qwen(folder: Path, llm: Qwen2LM) -> None:
         "tokenizer_class": "Qwen2Tokenizer",
     }
     texts = {
-        "config.json": json.dumps(QWEN, indent=2),
+        "config.json": json.dumps(QWEN | sizes, indent=2),
         "generation_config.json": json.dumps({"eos_token_id": END_OF_TEXT, "bos_token_id": END_OF_TEXT}, indent=2),
         "vocab.json": json.dumps({piece: number for number, piece in enumerate(pieces)}, ensure_ascii=False),
         "merges.txt": "\n".join(("#version: 0.2", *MERGES)),
@@ -269,40 +312,43 @@ def save_speech_tokenizers(folder: Path, rng: np.random.Generator) -> None:
         )
 
 
-def build() -> dict[str, torch.nn.Module]:
+def build(sizes: Sizes) -> dict[str, torch.nn.Module]:
     """Build the three networks with seeded random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        estimator = CausalConditionalDecoder(**ESTIMATOR)
+        estimator = CausalConditionalDecoder(**sizes.estimator)
         flow = CausalMaskedDiffWithXvec(
-            encoder=UpsampleConformerEncoder(**ENCODER),
+            encoder=UpsampleConformerEncoder(**sizes.encoder),
             decoder=CausalConditionalCFM(estimator=estimator),
-            input_size=ENCODER["size"],
+            input_size=sizes.encoder["size"],
         )
-        llm = Qwen2LM(qwen=Qwen2ForCausalLM(**sizes_of(QWEN)))
+        llm = Qwen2LM(qwen=Qwen2ForCausalLM(**sizes_of(QWEN | sizes.qwen)))
         for weight in llm.parameters():
             if weight.dim() == 2:
                 torch.nn.init.normal_(weight, std=0.02)
-        return {"llm": llm, "flow": flow, "hift": HiFTGenerator(**HIFT)}
+        return {"llm": llm, "flow": flow, "hift": HiFTGenerator(**sizes.hift)}
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("model_dir", type=Path, help="the folder to make; must not exist yet")
-    out = parser.parse_args().model_dir
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="default tiny, 17 MB; official: 75 MB")
+    args = parser.parse_args()
+    out, sizes = args.model_dir, SIZES[args.size]
     if out.exists():
         raise BadInput(f"{out}: exists already; delete it to make it again")
+    yaml = MODEL_YAML.format(**asdict(sizes), head_dim=sizes.estimator["inner"] // 8)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         part = Path(temporary) / out.name
-        models = build()
-        save_qwen(part / "CosyVoice-BlankEN", models["llm"])
+        models = build(sizes)
+        save_qwen(part / "CosyVoice-BlankEN", models["llm"], sizes.qwen)
         for name, model in models.items():
             checkpoint.save(part / f"{name}.pt", model.state_dict())
         rng = np.random.default_rng(SEED)
         save_campplus(part / "campplus.onnx", rng)
         save_speech_tokenizers(part, rng)
-        (part / "cosyvoice2.yaml").write_text(MODEL_YAML, encoding="utf-8")
+        (part / "cosyvoice2.yaml").write_text(yaml, encoding="utf-8")
         part.rename(out)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for name, m in models.items())
     print(f"wrote {out}: a random base model ({sizes}); it speaks noise by design")

@@ -110,6 +110,18 @@ def test_noise_comes_from_the_caller(model, arrays, no_grad):
         model(mel)
 
 
+def test_harmonics_keep_their_phase_over_half_a_minute(model):
+    """The last second of 30 s at 220 Hz, against float64 from end to end; float32 would be off by 1.5e-3 rms."""
+    frames, hop, source = 1500, model.hop, model.m_source
+    f0 = 220 * np.exp(0.15 * np.sin(np.arange(frames) / 30)).astype(np.float32)
+    sines = source.sines(torch.from_numpy(f0)[None], torch.zeros(1, frames * hop, 9))[0, -50 * hop :].numpy()
+    centres, samples = (np.arange(frames) + 0.5) * hop - 0.5, np.arange(frames * hop)[-50 * hop :]
+    for number in range(9):
+        turns = np.cumsum(f0.astype(np.float64) * (number + 1) / source.sampling_rate) * hop
+        expected = source.alpha * np.sin(2 * np.pi * np.interp(samples, centres, turns))
+        assert np.sqrt(np.mean((sines[:, number] - expected) ** 2)) < 1e-4, number
+
+
 def test_source_is_float32_under_autocast(model, arrays, no_grad):
     f0, source = model.predict_f0(arrays["mel"]), model.source(arrays["f0"], arrays["sine_noise"])
     with torch.autocast("cpu", torch.bfloat16):

@@ -90,6 +90,9 @@ def test_deepspeed_from_training_to_speech(clone, run, one_process, llm_words, r
     assert_same(one_process, clone / "exp/deepspeed/llm/epoch_1.pt")
     said = run(*words, "--stage", 4, "--stop_stage", 7, "--tune", "llm").stdout
     assert "finished already: 1 epochs" in said and "6 of 6 sentences" in said
+    screen = said.split("stages 4 to 7 done")[1]
+    for line in ("sentences  seconds  level dBFS  similarity", "\n  natural ", "\n  base ", "\n  tuned ", " of 6\n"):
+        assert line in screen, line
 
 
 def test_deepspeed_goes_on_and_skips_what_is_not_finite(root, tmp_path, run_tool):

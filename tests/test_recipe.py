@@ -35,6 +35,12 @@ def test_all_stages(clone, walked):
     scores = json.loads((clone / "exp/tiny/synth/score.json").read_text(encoding="utf-8"))
     assert scores["sentences"] == {"spoken": 6, "base": 6, "natural": 10}
     assert scores["measures"]["duration"]["spoken - base"]["n"] == 6
+    assert "exp/tiny/llm has 2 epochs, fewer than 3: all of them are averaged" in said
+    for mode in ("sft", "zero_shot", "cross_lingual", "instruct"):
+        assert f"  slt {mode}: 3 sentences, " in said, mode
+    screen = said.split("stages -1 to 8 done")[1]
+    for line in ("say more:", "train on:", "hand it over:   exp/tiny/model"):
+        assert line in screen, line
     wavs = read_table(clone / "exp/tiny/synth/wav.scp")
     assert len(wavs) == 6 and read_table(clone / "exp/tiny/synth/text").keys() == wavs.keys()
     for path in wavs.values():
@@ -65,6 +71,26 @@ def test_model_directory_is_complete(clone, walked):
     assert speakers.keys() == {"slt"} and speakers["slt"]["embedding"].shape == (1, 192)
 
 
+def test_either_part_alone(clone, run, walked):
+    """--tune llm and --tune flow make model directories of their own, with the base's other part."""
+    base = clone / "pretrained_models/tiny-cosyvoice2"
+    for tuned, other in (("llm", "flow"), ("flow", "llm")):
+        said = run(
+            "--conf", "conf/tiny.yaml", "--tune", tuned, "--stage", 6, "--stop_stage", 6, "--synth.texts="
+        ).stdout
+        model = clone / f"exp/tiny/model_{tuned}"
+        assert f"wrote exp/tiny/model_{tuned}" in said
+        assert (model / f"{other}.pt").read_bytes() == (base / f"{other}.pt").read_bytes()
+        assert (model / f"{tuned}.pt").read_bytes() == (clone / f"exp/tiny/model/{tuned}.pt").read_bytes()
+        assert (model / f"{tuned}.pt").read_bytes() != (base / f"{tuned}.pt").read_bytes()
+
+
+def test_texts_may_be_unset(run, walked):
+    """Stage 6 above does without them; stage 7 says what it needs."""
+    error = run("--conf", "conf/tiny.yaml", "--synth.texts=", "--stage", 7, status=1).stderr
+    assert error == "ERROR synth.texts is not set; name a file with one sentence a line: --synth.texts FILE\n"
+
+
 def test_one_stage_again(clone, run, walked):
     before = (clone / "data/tiny/train/utt2speech_token.pt").read_bytes()
     said = run("--conf", "conf/tiny.yaml", "--stage", 2, "--stop_stage", 2).stdout
@@ -89,6 +115,7 @@ def test_help_is_made_from_the_script(run):
         (["--stage"], "--stage needs a value"),
         (["--stage", "two"], "--stage is 'two'; it is a whole number"),
         (["stage", "2"], "'stage' is not an option"),
+        (["--tune", "voice"], "--tune is 'voice'; one of: llm_flow llm flow"),
         (["--conf", "conf/nobody.yaml"], "conf/nobody.yaml: no such conf"),
         (["--conf", "conf/paimon.yaml", "--stage", 0], "corpus.dir: 'corpora/paimon' is not a folder"),
         (["--conf", "conf/ljspeech.yaml", "--stage", 0], "corpus.dir: not set; say where the recordings are"),

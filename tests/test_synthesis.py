@@ -1,7 +1,9 @@
 """Speaking and handing over: what each mode gives the networks, batches, retries, and the model directory."""
 
 import csv
+import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,11 +12,32 @@ import torch
 
 from cosyvoice_ft import audio, checkpoint, conf
 from cosyvoice_ft.extractors import SpeakerEncoder, SpeechTokenizer, load_archive, load_for_extraction, save_archive
-from cosyvoice_ft.synthesis import Sentence, Synthesizer, Voice, bounded, with_prompt
+from cosyvoice_ft.files import BadInput
+from cosyvoice_ft.synthesis import PHASES, Sentence, Synthesizer, Voice, bounded, with_prompt
 from cosyvoice_ft.table import read_table, write_data_dir
 
 CPU = torch.device("cpu")
 TEXTS = ["Good morning.", "Where did you go?", "One two three four five six seven.", "Yes!", "A cup of tea, please."]
+
+
+@pytest.fixture
+def tool(root, monkeypatch, capsys):
+    """tool("tools/x.py", words...): what it printed, and its error or "", run in this process."""
+
+    def run(path, *words):
+        spec = importlib.util.spec_from_file_location("tool", root / path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [path, *map(str, words)])
+        monkeypatch.chdir(root)
+        error = ""
+        try:
+            module.main()
+        except BadInput as bad:
+            error = str(bad)
+        return capsys.readouterr(), error
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +118,7 @@ def test_batches_say_the_same_as_one_by_one(synthesizer, voice):
     alone, together, backwards = spoken(1), spoken(8), spoken(8, sentences[::-1])
     assert alone.keys() == together.keys() == backwards.keys() == {str(i) for i in range(5)}
     for utt, one in alone.items():
-        assert (one.tokens, one.ended) == (together[utt].tokens, together[utt].ended) and one.tokens > 0
+        assert (one.tokens, one.ended) == (together[utt].tokens, together[utt].ended) and one.tokens
         torch.testing.assert_close(one.wav, together[utt].wav, atol=2e-2, rtol=0)
         torch.testing.assert_close(together[utt].wav, backwards[utt].wav, atol=2e-2, rtol=0)
     other = next(iter(synthesizer.speak([Sentence("0", TEXTS[0], voice, seed=4)])))
@@ -124,7 +147,7 @@ def test_what_does_not_end_is_tried_once_more(synthesizer, voice, monkeypatch):
     monkeypatch.setattr(synthesizer.llm, "decode_rows", decode_rows)
     spoken = list(synthesizer.speak([Sentence("a", "Yes!", voice), Sentence("b", "No, no, no!", voice)]))
     assert [len(texts) for texts in calls] == [2, 1]
-    assert [(one.retried, one.ended, one.tokens) for one in spoken] == [(True, True, 4), (False, True, 4)]
+    assert [(one.retried, one.ended, one.tokens) for one in spoken] == [(True, True, [1] * 4), (False, True, [1] * 4)]
 
 
 def test_long_texts_are_split_and_joined_with_pauses(synthesizer, voice):
@@ -132,12 +155,33 @@ def test_long_texts_are_split_and_joined_with_pauses(synthesizer, voice):
     (spoken,) = synthesizer.speak([Sentence("a", text, voice)])
     parts = synthesizer.segments(Sentence("a", text, voice))
     pause = round(synthesizer.settings["synth"]["pause"] * audio.SAMPLE_RATE)
-    assert len(parts) > 1 and len(spoken.wav) == spoken.tokens * 960 + (len(parts) - 1) * pause
+    assert len(parts) > 1 and len(spoken.wav) == len(spoken.tokens) * 960 + (len(parts) - 1) * pause
+
+
+def test_one_failure_costs_one_sentence(synthesizer, voice, monkeypatch):
+    """More tokens than the flow takes; and a batch that is too much for the memory, spoken one by one."""
+    long, short = (Sentence(name, name, voice, tokens=[5] * n) for name, n in (("long", 7501), ("short", 3)))
+    spoken = {one.sentence.utt: one for one in synthesizer.speak([long, short])}
+    assert "7501 tokens with the prompt, must be 1 to 7500" in spoken["long"].trouble
+    assert not len(spoken["long"].wav) and not spoken["long"].ended
+    assert len(spoken["short"].wav) == 3 * 960 and not spoken["short"].trouble and spoken["short"].ended
+    inference, sizes = synthesizer.flow.inference, []
+
+    def small(**given):
+        sizes.append(len(given["token"]))
+        if len(given["token"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more")
+        return inference(**given)
+
+    monkeypatch.setattr(synthesizer.flow, "inference", small)
+    both = list(synthesizer.speak([Sentence(name, name, voice, tokens=[5] * 3) for name in "ab"]))
+    assert sizes == [2, 1, 1] and all(len(one.wav) and not one.trouble for one in both)
 
 
 def test_nothing_to_speak_is_reported_and_the_rest_spoken(synthesizer, voice):
     spoken = {s.sentence.utt: s for s in synthesizer.speak([Sentence("a", "...", voice), Sentence("b", "Yes.", voice)])}
     assert len(spoken["a"].wav) == 0 and not spoken["a"].ended and len(spoken["b"].wav) > 0
+    assert spoken["a"].trouble == "nothing in it can be spoken" and not spoken["b"].trouble
 
 
 def test_voices_are_kept_as_published(voice, tmp_path):
@@ -182,6 +226,7 @@ def model_dir(run_tool, data, tiny_base, settings, tmp_path_factory):
     checkpoint.save(base / "spk2info.pt", {"old": {"embedding": torch.ones(1, 192)}})
     weights = checkpoint.load_weights(base / "flow.pt")
     checkpoint.save(folder / "average.pt", {name: value + 1 for name, value in weights.items()})
+    (folder / "average.yaml").write_text("epochs: [4, 2]")
     words = ["--conf", "conf/tiny.yaml", f"--pretrained_dir={base}"]
     run_tool("tools/make_model_dir.py", folder / "model_flow", data, "--flow", folder / "average.pt", *words)
     return folder / "model_flow", base, words
@@ -203,6 +248,19 @@ def test_model_directory(model_dir, data):
     assert list(info) == ["old", "a", "b"]
     facts = json.loads((out / "model.json").read_text())
     assert facts["tuned"] == {"llm": False, "flow": True} and facts["corpus"]["utterances"] == 6
+    assert facts["base"] == "base" and facts["epochs_averaged"] == {"flow": [4, 2]} and facts["commit"]
+    told = (out / "README.md").read_text()
+    for words in (
+        "Base: base.",
+        "flow (epochs [4, 2])",
+        "a, b",
+        "6 utterances",
+        facts["commit"],
+        'inference_sft("...", "b")',
+        f"python tools/synthesize.py {out} ",
+        "CosyVoice2(model_dir)",
+    ):
+        assert words in told, words
     vectors, spks = load_archive(data / "utt2embedding.pt"), read_table(data / "utt2spk")
     seconds = {utt: float(value) for utt, value in read_table(data / "utt2dur").items()}
     for spk, prompt in facts["prompts"].items():
@@ -218,6 +276,26 @@ def test_a_prompt_may_be_named(run_tool, model_dir, data, tmp_path):
     assert (tmp_path / "m/hift.pt").stat().st_nlink == 1
     done = run_tool("tools/make_model_dir.py", tmp_path / "m", data, *words, "--voice.prompt_utt", "no", status=1)
     assert "voice.prompt_utt: 'no' is no utterance of" in done.stderr and (tmp_path / "m/hift.pt").is_file()
+
+
+def test_released_size_of_random_bases(root, goldens):
+    """`make_tiny_base.py --size released` has the names and shapes of the published weights; nothing is allocated."""
+    spec = importlib.util.spec_from_file_location("make_tiny_base", root / "local/make_tiny_base.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_tiny_base"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    with torch.device("meta"):
+        models = module.build(module.SIZES["released"])
+    for part, model in models.items():
+        with open(goldens / "keys" / f"{part}_cv2.tsv", newline="") as file:
+            table = {name: shape for name, shape, _ in csv.reader(file, delimiter="\t")}
+        assert {name: "x".join(map(str, w.shape)) for name, w in model.state_dict().items()} == table
+
+
+def test_yaml_of_random_bases_has_what_the_official_loader_reads(tiny_base):
+    told = conf.read_yaml(tiny_base / "cosyvoice2.yaml")
+    assert told.keys() >= {"sample_rate", "get_tokenizer", "feat_extractor", "allowed_special", "llm", "flow", "hift"}
+    assert told["qwen_pretrain_path"] == ""  # the loader overrides this key with its CosyVoice-BlankEN
 
 
 def test_released_sizes_make_what_the_official_loader_takes(goldens, data, tiny_base, run_tool, tmp_path):
@@ -263,7 +341,10 @@ def test_synthesize_speaks_every_mode_and_writes_a_data_directory(run_tool, mode
         assert path.endswith(f"{utt}.flac") and soundfile.info(path).samplerate == 24000
     facts = json.loads((tmp_path / "o/synth.json").read_text())
     assert {known["mode"] for known in facts["sentences"]} == {"sft", "zero_shot", "instruct"}
-    assert facts["total"]["real_time_factor"] > 0
+    total = facts["total"]
+    assert total["real_time_factor"] > 0 and total["tokens_per_second"] > 0 and total["memory_gb"] > 0
+    assert total["phases"].keys() == set(PHASES) and all(taken > 0 for taken in total["phases"].values())
+    assert sum(total["phases"].values()) <= total["seconds_spent"] + 0.01
 
 
 def test_copy_synthesis_and_the_base(run_tool, model_dir, data, tmp_path):
@@ -288,7 +369,82 @@ def test_a_prompt_from_the_command_line_and_speed(run_tool, model_dir, root, tmp
     error = run_tool("tools/synthesize.py", out, tmp_path / "t.txt", tmp_path / "o", *quick, "--prompt", clip, status=1)
     assert "needs what the prompt of 'demo_002' says: --prompt_text TEXT" in error.stderr
     quick += ["--prompt", clip, "--prompt_text", "The baker opens her shop at six."]
-    for speed in (1.0, 2.0):
-        run_tool("tools/synthesize.py", out, tmp_path / "t.txt", tmp_path / str(speed), *quick, "--synth.speed", speed)
-    frames = [soundfile.info(tmp_path / s / "wav/demo_002-zero_shot-001.wav").frames for s in ("1.0", "2.0")]
+    frames = []
+    for spk, option in (("demo_002", ["--synth.speed", 1]), ("my_own/voice", ["--speed", 2, "--spk", "my own/voice"])):
+        out_dir = tmp_path / spk
+        run_tool("tools/synthesize.py", out, tmp_path / "t.txt", out_dir, *quick, *option)
+        name = spk.replace("/", "_")
+        assert read_table(out_dir / "utt2spk") == {f"{name}-zero_shot-001": name}
+        frames.append(soundfile.info(out_dir / f"wav/{name}-zero_shot-001.wav").frames)
     assert frames[1] == frames[0] // 960 * 960 // 2
+
+
+def test_what_cannot_be_spoken_is_in_the_exit_status(tool, model_dir, tmp_path):
+    """The rest is spoken, the data directory holds it, and one line sums up what is missing."""
+    out, _, words = model_dir
+    (tmp_path / "t.txt").write_text("...\nYes.\n")
+    quick = ["--spk", "a", "--llm.max_token_text_ratio=3", "--flow.n_timesteps=2", *words]
+    said, error = tool("tools/synthesize.py", out, tmp_path / "t.txt", tmp_path / "o", *quick)
+    assert error.startswith("1 sentences could not be spoken: a-sft-001;") and "1 of 2 sentences" in said.out
+    assert "left out a-sft-001: nothing in it can be spoken" in said.err
+    assert list(read_table(tmp_path / "o/wav.scp")) == ["a-sft-002"]
+    facts = {known["utt"]: known for known in json.loads((tmp_path / "o/synth.json").read_text())["sentences"]}
+    assert facts["a-sft-001"]["trouble"] and not facts["a-sft-002"]["trouble"]
+    said, error = tool("tools/synthesize.py", out, tmp_path / "t.txt", tmp_path / "o", *quick, "--speed", 0)
+    assert error == "synth.speed is 0.0; from 0.1, slow, to 10"
+
+
+def test_utterances_without_tokens_are_named(tool, model_dir, data, tmp_path):
+    """Copy-synthesis of a data directory that has one recording more than tokens."""
+    out, _, words = model_dir
+    for path in data.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tokens = load_archive(tmp_path / "utt2speech_token.pt")
+    save_archive(tmp_path / "utt2speech_token.pt", {"demo_001": tokens["demo_001"][:10]})
+    words = ["--tokens", "--flow.n_timesteps=1", *words]
+    said, error = tool("tools/synthesize.py", out, tmp_path, tmp_path / "o", *words)
+    assert not error and "1 of 1 sentences" in said.out
+    assert "demo_002 demo_003" in said.err and "demo_001" not in said.err
+
+
+def test_a_new_model_is_heard_in_every_mode(tool, model_dir, tmp_path):
+    out, _, words = model_dir
+    quick = ["--llm.max_token_text_ratio=3", "--flow.n_timesteps=2", *words]
+    (tmp_path / "t.txt").write_text("Yes.\nNo.\nWell.\nNever spoken.\n")
+    said, error = tool("tools/try_voice.py", out, tmp_path / "t.txt", *quick)
+    lines = said.out.splitlines()
+    assert not error and len(lines) == 4
+    for line, mode in zip(lines, ("sft", "zero_shot", "cross_lingual", "instruct"), strict=True):
+        assert line.startswith(f"  b {mode}: 3 sentences, ") and "3 without end" in line, line
+    error = tool("tools/try_voice.py", out, tmp_path / "t.txt", *quick, "--synth.must_end", "true")[1]
+    assert "model_flow does not speak: sft_1 sft_2 sft_3 zero_shot_1" in error
+    (tmp_path / "t.txt").write_text("...\n")
+    said, error = tool("tools/try_voice.py", out, tmp_path / "t.txt", *quick)
+    assert "1 empty" in said.out and "does not speak: sft_1 zero_shot_1 cross_lingual_1 instruct_1" in error
+
+
+def test_which_epochs_are_averaged(tool, tmp_path):
+    """The best, the last, a named one; fewer than asked for are all taken, and it says so; integers keep their type."""
+    for epoch, loss in enumerate((3.0, 1.0, 2.0), 1):
+        weights = {"w": torch.full((2,), float(epoch)), "n": torch.tensor(7)}
+        checkpoint.save_epoch(tmp_path / "llm", epoch, weights, {"cv": {"loss": loss}})
+
+    def averaged(*words):
+        said, error = tool("tools/average.py", tmp_path / "llm", *words)
+        weights = checkpoint.load_weights(tmp_path / "llm/average.pt")
+        assert weights["n"].dtype == torch.int64 and weights["n"] == 7
+        return float(weights["w"][0]), conf.read_yaml(tmp_path / "llm/average.yaml")["epochs"], said.out, error
+
+    assert averaged("--average.llm.num", 2)[:2] == (2.5, [2, 3])
+    assert averaged("--average.llm.num", 2, "--average.llm.by", "last")[:2] == (2.5, [2, 3])
+    assert averaged("--average.llm.num", 1, "--average.llm.by", "last")[:2] == (3.0, [3])
+    assert averaged("--epoch", 1)[:2] == (1.0, [1])
+    mean, epochs, said, _ = averaged("--average.llm.num", 5)
+    assert (mean, epochs) == (2.0, [2, 3, 1]) and "has 3 epochs, fewer than 5: all of them are averaged" in said
+    assert averaged("--epoch", 9)[3].endswith("no epoch_9.pt; there are 1 2 3")
+    assert "by is 'luck'" in averaged("--average.llm.by", "luck")[3]
+
+
+def test_the_last_screen_needs_a_natural_voice(tool, model_dir, tmp_path):
+    error = tool("tools/show_result.py", f"base={tmp_path}", *model_dir[2])[1]
+    assert "has spk2embedding.pt; run stage 1" in error

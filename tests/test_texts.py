@@ -28,6 +28,8 @@ def test_json_by_speaker_and_mode(tmp_path):
         Line("派蒙", "instruct", "今天天气真好。", "用四川话说"),
         Line("slt", "sft", "Plain."),
     ]
+    wheres = [line.where.removeprefix(f"{tmp_path}/") for line in read_texts(tmp_path / "tts_text.json")]
+    assert wheres == [f"tts_text.json:{number}" for number in (3, 4, 5, 5, 6, 8)]
 
 
 def test_text_file_with_bom_and_empty_lines(tmp_path):
@@ -47,6 +49,9 @@ def test_text_file_with_bom_and_empty_lines(tmp_path):
         ('{"a": {"sft": [3]}}', ":1: .*3 is not a sentence"),
         ('{"a": {"instruction": ["b"]}}', "every entry is .*instruction.*text"),
         ('{\n"a": ["b"],\n"a": ["c"]}', ":2: 'a' is there twice"),
+        ('{"x": {"sft": ["a"]},\n"a": {\n"sft": [" "]}}', ":3: 'a', 'sft': ' ' is not a sentence"),
+        ('{\n"a": {"instruct": [{"instruction": "b", "text": 3}]}}', ":2: 'a', 'instruct': every entry is"),
+        ('{\n"a": 3}', ":2: 'a', 'sft': 3 is not a sentence"),
         ('["b"]', ":1: a tts_text.json is an object"),
         ("{}", "no sentences"),
     ],

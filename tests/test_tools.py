@@ -120,7 +120,7 @@ def test_missing_inputs_are_named(run_tool, clips, base, tmp_path):
         ("t.txt", "\n \n", "no sentences"),
         ("t.json", '{"a": ["b",]}', "t.json:1: not valid json"),
         ("t.json", '["a"]', "a tts_text.json is an object"),
-        ("t.json", '{"nobody": ["Hello."]}', "speaker 'nobody' is unknown; known: none"),
+        ("t.json", '{\n"nobody": ["Hello."]}', "t.json:2: speaker 'nobody' is unknown; known: none"),
         ("none.txt", None, "none.txt: cannot be read"),
     ],
 )

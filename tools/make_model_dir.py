@@ -34,7 +34,7 @@ README = """\
 # A voice fine-tuned with cosyvoice_ft
 
 Base: {base}. Tuned: {tuned}. Speakers: {speakers}.
-{corpus}
+{corpus} Commit of the recipe: {commit}.
 
 With the recipe:
 
@@ -48,6 +48,9 @@ With the official CosyVoice code (model_dir: this folder):
         part["tts_speech"]                                    # (1, T) at 24 kHz
     for part in model.inference_zero_shot("...", "", "", zero_shot_spk_id="{speaker}"):
         part["tts_speech"]
+
+For load_trt=True, export the estimator from this folder first (its cosyvoice/bin/export_onnx.py): the base's own was
+left out, because it would be used in place of the tuned weights.
 """
 
 
@@ -119,7 +122,6 @@ def facts_of(out: Path, data: Path, tuned: dict[str, Path | None], settings: dic
         for name, path in tuned.items()
         if path and path.with_suffix(".yaml").is_file()
     }
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], text=True, capture_output=True)
     return {
         "name": str(out),
         "model": settings["model"],
@@ -128,8 +130,16 @@ def facts_of(out: Path, data: Path, tuned: dict[str, Path | None], settings: dic
         "epochs_averaged": epochs,
         "corpus": {"utterances": len(seconds), "minutes": round(sum(seconds) / 60, 1)},
         "prompts": prompts,
-        "commit": described.stdout.strip() or "unknown",
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Return the commit of the recipe, "unknown" without git."""
+    if not shutil.which("git"):
+        return "unknown"
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], text=True, capture_output=True)
+    return done.stdout.strip() or "unknown"
 
 
 def describe(part: Path, facts: dict, speakers: list[str]) -> None:
@@ -144,6 +154,7 @@ def describe(part: Path, facts: dict, speakers: list[str]) -> None:
             tuned=", ".join(tuned) or "nothing",
             speakers=", ".join(speakers),
             corpus=f"Trained on {corpus['utterances']} utterances, {corpus['minutes']} minutes.",
+            commit=facts["commit"],
             name=facts["name"],
             speaker=speakers[-1],
         ),

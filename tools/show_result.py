@@ -55,7 +55,9 @@ def main() -> None:
     folders = {name: Path(folder) for name, _, folder in (word.partition("=") for word in args.dirs)}
     providers = device.onnx_providers(device.torch_device(settings["device"]))
     encoder = SpeakerEncoder(Path(settings["pretrained_dir"]) / "campplus.onnx", providers)
-    natural = next(folder for folder in folders.values() if (folder / "spk2embedding.pt").is_file())
+    natural = next((folder for folder in folders.values() if (folder / "spk2embedding.pt").is_file()), None)
+    if natural is None:
+        raise BadInput(f"none of {', '.join(map(str, folders.values()))} has spk2embedding.pt; run stage 1")
     means = load_archive(natural / "spk2embedding.pt")
     head = ["", "sentences", "seconds", "level dBFS", "similarity", "ended"]
     table = [head] + [[name, *row(folder, encoder, means)] for name, folder in folders.items() if folder.is_dir()]

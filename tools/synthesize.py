@@ -13,9 +13,9 @@ writes  OUT_DIR/wav/*.wav (24 kHz); wav.scp text utt2spk spk2utt utt2dur: a data
 """
 
 import json
+import re
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -38,17 +38,25 @@ def prompt_voice(clip: Path, transcript: str, synthesizer: Synthesizer, model_di
     return with_prompt(Voice(torch.from_numpy(vector)[None]), wav24, tokens, ids)
 
 
+def voice_of(line: Line, synthesizer: Synthesizer, settings: dict) -> tuple[str, Voice]:
+    """Return the speaker of a line. Raises BadInput naming the line."""
+    try:
+        return synthesizer.voice(line.spk or settings["synth"]["speaker"])
+    except BadInput as error:
+        raise BadInput(f"{line.where}: {error}") from error
+
+
 def sentences_of(lines: list[Line], synthesizer: Synthesizer, prompt: tuple[str, Voice] | None, settings: dict):
     """Return the sentences and the speaker of each. Raises BadInput for an unknown speaker or a missing prompt."""
     sentences, speakers, counts = [], {}, {}
     for line in lines:
-        spk, voice = prompt or synthesizer.voice(line.spk or settings["synth"]["speaker"])
+        spk, voice = prompt or voice_of(line, synthesizer, settings)
         if line.mode != "sft" and not len(voice.prompt_token):
-            raise BadInput(
-                f"speaker '{spk}' has no prompt for mode {line.mode}; give one: --prompt CLIP --prompt_text TEXT"
-            )
+            cure = "give one: --prompt CLIP --prompt_text TEXT"
+            raise BadInput(f"{line.where}: speaker '{spk}' has no prompt for mode {line.mode}; {cure}")
         if line.mode == "zero_shot" and not voice.prompt_text:
-            raise BadInput(f"mode zero_shot needs what the prompt of '{spk}' says: --prompt_text TEXT")
+            raise BadInput(f"{line.where}: mode zero_shot needs what the prompt of '{spk}' says: --prompt_text TEXT")
+        spk = re.sub(r"[\s/]+", "_", spk)  # names files, and the first word of a line in the tables
         number = counts[spk, line.mode] = counts.get((spk, line.mode), 0) + 1
         utt = f"{spk}-{line.mode}-{number:03d}"  # sorted by speaker too, as Kaldi wants it
         speakers[utt] = spk
@@ -60,7 +68,11 @@ def natural_sentences(data: Path, settings: dict) -> tuple[list[Sentence], dict[
     """Return the utterances of a data directory, to be spoken from their own tokens and vectors."""
     tokens, vectors = load_archive(data / "utt2speech_token.pt"), load_archive(data / "utt2embedding.pt")
     texts, spks = read_table(data / "text"), read_table(data / "utt2spk")
-    utts = [utt for utt in read_table(data / "wav.scp") if utt in tokens and utt in vectors]
+    wavs = read_table(data / "wav.scp")
+    utts = [utt for utt in wavs if utt in tokens and utt in vectors]
+    if len(utts) < len(wavs):
+        lost = " ".join(utt for utt in wavs if utt not in utts)
+        print(f"left out, without tokens or vector (stages 1 and 2 make them): {lost}", file=sys.stderr)
     return [
         Sentence(utt, texts[utt], Voice(torch.from_numpy(vectors[utt].copy())[None]), "sft", "", settings["seed"],
                  tokens[utt].tolist())
@@ -76,9 +88,10 @@ def fact(spoken: Spoken) -> dict:
         "mode": "tokens" if sentence.tokens is not None else sentence.mode,
         "text": sentence.text,
         "seconds": round(len(spoken.wav) / audio.SAMPLE_RATE, 3),
-        "tokens": spoken.tokens,
+        "tokens": len(spoken.tokens),
         "ended": spoken.ended,
         "retried": spoken.retried,
+        "trouble": spoken.trouble,
     }
 
 
@@ -88,8 +101,9 @@ def speak_all(synthesizer: Synthesizer, sentences: list[Sentence], speakers: dic
     for spoken in cli.progress(synthesizer.speak(sentences, batch), len(sentences), "speaking", "sentence"):
         utt = spoken.sentence.utt
         facts.append(fact(spoken))
+        if spoken.trouble:
+            print(f"{'' if len(spoken.wav) else 'left out '}{utt}: {spoken.trouble}", file=sys.stderr)
         if not len(spoken.wav):
-            print(f"left out {utt}: nothing was spoken for '{spoken.sentence.text}'", file=sys.stderr)
             continue
         wav = out / "wav" / f"{utt}.{suffix}"
         audio.save_wav(wav, spoken.wav, audio.SAMPLE_RATE)
@@ -98,14 +112,14 @@ def speak_all(synthesizer: Synthesizer, sentences: list[Sentence], speakers: dic
     return rows, sorted(facts, key=lambda known: known["utt"])
 
 
-def write_summary(out: Path, facts: list[dict], spent: float, phases: Mapping[str, float], where: torch.device) -> str:
-    """Write synth.json and return the line that sums it up."""
+def write_summary(out: Path, facts: list[dict], spent: float, phases: dict[str, float], where: torch.device) -> str:
+    """Write synth.json and return the line that sums it up; `spent` and `phases` are seconds."""
     seconds, tokens = sum(known["seconds"] for known in facts), sum(known["tokens"] for known in facts)
     total = {
         "sentences": len(facts),
         "seconds": round(seconds, 2),
         "seconds_spent": round(spent, 2),
-        "seconds_of": {name: round(part, 2) for name, part in phases.items()},
+        "phases": {phase: round(taken, 3) for phase, taken in phases.items()},
         "real_time_factor": round(spent / max(seconds, 1e-9), 3),
         "tokens_per_second": round(tokens / max(spent, 1e-9), 1),
         "memory_gb": round(device.peak_memory(where) / 1e9, 2),
@@ -131,10 +145,13 @@ def main() -> None:
     parser.add_argument("--prompt_text", default="", help="what the recording says (mode zero-shot)")
     parser.add_argument("--model", choices=["tuned", "base"], default="tuned", help="base: with the base's networks")
     parser.add_argument("--tokens", action="store_true", help="TEXTS is a data directory; speak its natural tokens")
+    parser.add_argument("--speed", type=float, help="default synth.speed")
     parser.add_argument("--format", choices=["wav", "flac"], default="wav")
     args, overrides = cli.parse_with_conf(parser)
     settings = conf.load_conf(args.conf, overrides)
     settings["synth"]["speaker"] = args.spk or settings["synth"]["speaker"]
+    if args.speed is not None:
+        settings["synth"]["speed"] = args.speed
     where = device.torch_device(settings["device"])
     print(device.describe(where))
 
@@ -147,7 +164,7 @@ def main() -> None:
     prompt = None
     if args.prompt:
         voice = prompt_voice(args.prompt, args.prompt_text, synthesizer, args.model_dir, settings)
-        prompt = (args.spk or args.prompt.stem.replace(" ", "_"), voice)
+        prompt = (args.spk or args.prompt.stem, voice)
     if args.tokens:
         sentences, speakers = natural_sentences(args.texts, settings)
     else:
@@ -157,12 +174,12 @@ def main() -> None:
     rows, facts = speak_all(synthesizer, sentences, speakers, args.out_dir, args.format, settings["synth"]["batch"])
     if rows:
         write_data_dir(args.out_dir, rows)
-    said = write_summary(args.out_dir, facts, time.monotonic() - start, synthesizer.spent, where)
-    unended = [known["utt"] for known in facts if not known["ended"]]
+    said = write_summary(args.out_dir, facts, time.monotonic() - start, synthesizer.seconds, where)
+    unended = [known["utt"] for known in facts if not known["ended"] and not known["trouble"]]
     if unended and not args.tokens:
         print(f"did not end by themselves, tried twice: {' '.join(unended)}")
     print(f"wrote {args.out_dir}: {len(rows)} of {len(sentences)} sentences, {said}")
-    failed = sorted(set(speakers) - {row["utt"] for row in rows})
+    failed = [known["utt"] for known in facts if known["trouble"]]
     if failed:
         raise BadInput(f"{len(failed)} sentences could not be spoken: {' '.join(failed)}; the lines above say why")
 

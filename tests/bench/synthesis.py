@@ -1,111 +1,104 @@
 #!/usr/bin/env python3
-"""Speaking in batches against one sentence after the other: what is gained, and where the time goes.
+"""Speaking side by side: what batches of 8 gain over one by one, and where the time goes.
 
-    python tests/bench/synthesis.py                      # a tiny base, sentences of the demo: half a minute
-    python tests/bench/synthesis.py --size released      # random weights of the released sizes: minutes, 5 GB
-    python tests/bench/synthesis.py --model_dir exp/NAME/model --device cuda
+    python tests/bench/synthesis.py                                  # a tiny base, made for this
+    python tests/bench/synthesis.py --size released --sentences 8    # random weights of CosyVoice2-0.5B's sizes
+    python tests/bench/synthesis.py --model_dir exp/NAME/model --conf conf/NAME.yaml
 
-Every sentence is spoken to the same number of tokens in both ways, and the tokens must be the same: that is checked.
-Each way runs in a process of its own, so that its peak memory is its own.
+Has tools/synthesize.py speak sentences of the shipped demo with each batch size, a process each, and prints what their
+synth.json say, side by side; loading is not in it. Random weights know no end: in a base made for this, eos is likely
+and comes as soon as it may, after as many tokens a letter as English has.
 """
 
-import argparse
-import multiprocessing
+import json
 import subprocess
 import sys
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
-from train_step import build
 
-from cosyvoice_ft import audio, cli, conf, device
-from cosyvoice_ft.files import BadInput
-from cosyvoice_ft.models.hift import HiFTGenerator
-from cosyvoice_ft.synthesis import PHASES, Sentence, Synthesizer, Voice, bounded
+from cosyvoice_ft import checkpoint, cli
+from cosyvoice_ft.models.llm import Layout
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+BATCHES = (1, 8)
+TOKENS_PER_LETTER = 1.6  # 25 tokens a second, 15 to 16 letters a second
+EOS_LOGIT = 12.0  # the others lie around 0, and their sum at 9
+ROWS = (  # title, where in `total` of synth.json, digits
+    ("text front end, s", ("phases", "text"), 2),
+    ("language model, s", ("phases", "llm"), 2),
+    ("flow, s", ("phases", "flow"), 2),
+    ("vocoder, s", ("phases", "vocoder"), 2),
+    ("all, s", ("seconds_spent",), 2),
+    ("speech, s", ("seconds",), 2),
+    ("real-time factor", ("real_time_factor",), 3),
+    ("tokens a second", ("tokens_per_second",), 1),
+    ("peak memory, GB", ("memory_gb",), 2),
+)
 
 
-def speak(model_dir: str, size: str, number: int, tokens: int, batch: int, where: str) -> dict:
-    """Speak `number` sentences of the demo to about `tokens` tokens each; return seconds by phase, rate, the tokens."""
-    place = device.torch_device(where)
-    settings = conf.read_base(conf.CONF_DIR / "cosyvoice2.yaml")
-    networks = {}
-    if size == "released":
-        networks = {part: build(part, layers=24) for part in ("llm", "flow")} | {"hift": HiFTGenerator()}
-        networks["hift"].fold_weight_norm()
-    synthesizer = Synthesizer(model_dir, settings, place, networks)
-    vector = torch.randn(1, 192, generator=torch.Generator().manual_seed(0))
-    voice = next(iter(synthesizer.voices.values()), Voice(vector))
-    lines = (ROOT / "local/demo/metadata.csv").read_text(encoding="utf-8").splitlines()[:number]
-    sentences = [Sentence(f"s{i}", line.split("|")[1], voice, seed=i) for i, line in enumerate(lines)]
-    parts = [part for sentence in sentences for part in synthesizer.segments(sentence)]
-    ids = sum(len(part.ids) for part in parts)
-    ratio = tokens * len(parts) / ids
-    settings["llm"] |= {"min_token_text_ratio": ratio, "max_token_text_ratio": ratio}
-    parts.sort(key=lambda part: len(part.ids))
-    start = time.monotonic()
-    with torch.inference_mode():
-        for first in range(0, len(parts), batch):
-            group = parts[first : first + batch]
-            synthesizer.decode(group)
-            for some in bounded([part for part in group if part.tokens]):
-                synthesizer.add_waves(some)
-    total = time.monotonic() - start
-    spoken = sum(len(part.wav) for part in parts) / audio.SAMPLE_RATE
-    count = sum(len(part.tokens) for part in parts)
-    return synthesizer.spent | {
-        "total": total,
-        "tokens": {part.sentence.utt: part.tokens for part in parts},
-        "tokens_per_s": count / max(synthesizer.spent["llm"], 1e-9),
-        "real_time_factor": total / spoken,
-        "memory": device.peak_memory(place) / 1e9,
-    }
+def run(*command: object) -> None:
+    """Run a tool to its end."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr}ERROR {' '.join(map(str, command))}: status {done.returncode}")
 
 
-def apart(*args) -> dict:
-    """Run `speak` in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(speak, *args).result()
+def make_base(folder: Path, size: str) -> list[str]:
+    """Make a random base that ends and knows one speaker; return the settings it is to be spoken with."""
+    run("local/make_tiny_base.py", folder, "--size", size)
+    weights = checkpoint.load_weights(folder / "llm.pt")
+    bias = weights["llm_decoder.bias"].clone()
+    bias[Layout().eos] = EOS_LOGIT
+    checkpoint.save(folder / "llm.pt", weights | {"llm_decoder.bias": bias})
+    checkpoint.save(folder / "spk2info.pt", {"somebody": {"embedding": torch.ones(1, 192)}})
+    return [f"--llm.min_token_text_ratio={TOKENS_PER_LETTER}"]
 
 
-def compare(model_dir: str, args: argparse.Namespace) -> None:
-    """Print batch 1 and the larger batch side by side."""
-    options = (args.sentences, args.tokens)
-    found = {n: apart(model_dir, args.size, *options, n, args.device) for n in (1, args.batch)}
-    for batch, facts in found.items():
-        phases = "  ".join(f"{phase} {facts[phase]:6.2f} s" for phase in PHASES)
-        print(
-            f"batch {batch}: {facts['total']:6.1f} s  {phases}  {facts['tokens_per_s']:6.1f} tokens/s in the llm  "
-            f"real-time factor {facts['real_time_factor']:.2f}  peak {facts['memory']:.1f} GB"
-        )
-    one, many = found[1], found[args.batch]
-    ratios = "  ".join(f"{phase} {one[phase] / many[phase]:.2f}" for phase in PHASES if many[phase] > 0.01)
-    print(f"batch {args.batch} is {one['total'] / many['total']:.2f} times as fast  ({ratios})")
-    if differ := [utt for utt, tokens in one["tokens"].items() if tokens != many["tokens"][utt]]:
-        raise BadInput(f"{', '.join(differ)}: other tokens in a batch than alone")
+def spoken(out: Path) -> dict[str, np.ndarray]:
+    """Return the waves of a run."""
+    return {path.name: soundfile.read(path)[0] for path in sorted((out / "wav").iterdir())}
+
+
+def look_up(total: dict, keys: tuple[str, ...]) -> float:
+    for key in keys:
+        total = total[key]
+    return total
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--model_dir", help="a model directory; default: a tiny base made for this")
-    parser.add_argument("--size", choices=["own", "released"], default="own", help="released: random weights, 0.5 B")
+    parser.add_argument("--model_dir", type=Path, help="default: a random one, made for this")
+    parser.add_argument("--size", default="tiny", help="of the random one, see local/make_tiny_base.py")
     parser.add_argument("--sentences", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=60, help="speech tokens a sentence, on average; 25 are a second")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
-    print(device.describe(device.torch_device(args.device)))
-    if args.model_dir:
-        compare(args.model_dir, args)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "local/make_tiny_base.py", f"{folder}/base"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        compare(f"{folder}/base", args)
+    args, words = cli.parse_with_conf(parser)
+    words += ["--conf", args.conf]
+    lines = (ROOT / "local/demo/metadata.csv").read_text(encoding="utf-8").splitlines()[: args.sentences]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, model_dir = Path(temporary), args.model_dir or Path(temporary) / "base"
+        if not args.model_dir:
+            words = [*make_base(model_dir, args.size), *words]
+        (folder / "texts.txt").write_text("\n".join(line.split("|")[1] for line in lines), encoding="utf-8")
+        totals, waves = [], []
+        for batch in BATCHES:
+            out = folder / f"batch_{batch}"
+            run("tools/synthesize.py", model_dir, folder / "texts.txt", out, *words, "--synth.batch", batch)
+            totals.append(json.loads((out / "synth.json").read_text(encoding="utf-8"))["total"])
+            waves.append(spoken(out))
+    head = "".join(f"{name:>11}" for name in (*(f"batch {batch}" for batch in BATCHES), "ratio"))
+    print(f"{f'{len(lines)} sentences':20}{head}")
+    for title, keys, digits in ROWS:
+        one, many = (look_up(total, keys) for total in totals)
+        ratio = f"{many / one:11.2f}" if one else ""
+        print(f"{title:20}{one:11.{digits}f}{many:11.{digits}f}{ratio}")
+    alike = waves[0].keys() == waves[1].keys() and all(len(waves[0][utt]) == len(waves[1][utt]) for utt in waves[0])
+    if not alike:
+        sys.exit("ERROR the two did not speak the same tokens: waves of other lengths")
+    far = max(np.abs(wave - waves[1][utt]).max() for utt, wave in waves[0].items())
+    print(f"waves differ by {far:.1e} at most, of {max(np.abs(wave).max() for wave in waves[0].values()):.2f}")
 
 
 if __name__ == "__main__":
