@@ -222,7 +222,7 @@ class Synthesizer:
         if sentence.mode == "zero_shot":
             prompt = sentence.voice.prompt_text
         elif sentence.mode == "instruct":
-            prompt = self.tokenizer.encode(sentence.instruction + text.END_OF_PROMPT)
+            prompt = self.tokenizer.encode(sentence.instruction.removesuffix(text.END_OF_PROMPT) + text.END_OF_PROMPT)
         parts = text.segments(sentence.text, self.tokenizer, self.settings["text"]["frontend"])
         keys = [(sentence.seed, number, zlib.crc32(part.encode())) for number, part in enumerate(parts)]
         return [

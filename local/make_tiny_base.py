@@ -2,7 +2,7 @@
 """Make a small CosyVoice2 model directory with seeded random weights, for trying the recipe without a download.
 
     python local/make_tiny_base.py pretrained_models/tiny-cosyvoice2
-    python local/make_tiny_base.py /tmp/random-0.5B --size released    # 2.6 GB, for measuring time and memory
+    python local/make_tiny_base.py pretrained_models/random-0.5B --size released    # 2.6 GB, for measuring
 
 writes every file of CosyVoice2-0.5B under its name and in its format (CosyVoice-BlankEN/, llm.pt, flow.pt, hift.pt,
 campplus.onnx, speech_tokenizer_v2.onnx and its twin for batches, cosyvoice2.yaml). It knows nothing of speech: it

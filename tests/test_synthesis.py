@@ -105,6 +105,9 @@ def test_each_mode_gives_each_network_what_it_takes(synthesizer, voice, monkeypa
         request, given = heard["llm"], heard["flow"]
         assert request.prompt_text == text_before and request.prompt_speech == speech_before, mode
         assert request.text == encode("Yes.")
+        if mode == "instruct":  # the official code wants the marker in the instruction; here it may be there
+            list(synthesizer.speak([Sentence("u", "Yes.", voice, mode, "Whisper.<|endofprompt|>")]))
+            assert heard["llm"].prompt_text == text_before
         assert len(given["prompt_token"][0]) == flow_prompt and len(given["prompt_feat"][0]) == 2 * flow_prompt, mode
         assert torch.equal(given["embedding"], voice.embedding) and given["token"][0].tolist() == [5, 6, 7, 8]
 

@@ -23,6 +23,7 @@ TOOLS = [
     "synthesize",
     "train",
 ]
+OTHERS = ["local/make_tiny_base.py", "tests/bench/synthesis.py"]
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def base(clips, tiny_base):
     return link
 
 
-@pytest.mark.parametrize("tool", [f"tools/{name}.py" for name in TOOLS] + ["local/make_tiny_base.py"])
+@pytest.mark.parametrize("tool", [f"tools/{name}.py" for name in TOOLS] + OTHERS)
 def test_help_shows_a_command_that_names_the_tool(run_tool, tool):
     said = run_tool(tool, "--help").stdout
     assert f"python {tool}" in said and len(said.splitlines()) > 8
