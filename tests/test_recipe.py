@@ -174,18 +174,6 @@ def test_pairs_in_one_folder_and_in_parts(clone, run, root, tmp_path):
     assert read_table(clone / "data/two/dev/utt2spk") == {"test-a": "paimon"}
 
 
-def test_ljspeech(clone, run, speech_dir):
-    """Real recordings through all stages; the CV loss falls."""
-    base = clone / "pretrained_models/tiny-cosyvoice2"
-    words = ["--pretrained_dir", base, "--corpus", speech_dir / "ljspeech-200", "--train.lr", 1e-3]
-    words += ["--train.llm.max_epoch", 2, "--train.flow.max_epoch", 2, "--train.warmup_updates", 5]
-    said = run("--conf", "conf/ljspeech.yaml", *words).stdout
-    assert "200 of 200 utterances" in said and "6 of 6 sentences" in said
-    for part in ("llm", "flow"):
-        facts = checkpoint.epochs(clone / "exp/ljspeech" / part)
-        assert facts[2]["cv"]["loss"] < facts[1]["cv"]["loss"]
-
-
 def test_a_model_that_does_not_fit_is_named(clone, run, walked, tmp_path):
     """A conf that disagrees with the directory's yaml, and weights of another shape."""
     error = run("--conf", "conf/tiny.yaml", "--stage", 4, "--stop_stage", 4, "--flow.chunk_size", 20, status=1).stderr
