@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cosyvoice_ft.files import BadInput
+from cosyvoice_ft.models.attention import attend
 from cosyvoice_ft.models.cfm import CausalConditionalCFM
 from cosyvoice_ft.models.conformer import UpsampleConformerEncoder
 from cosyvoice_ft.models.flow import CausalMaskedDiffWithXvec, collate
@@ -83,16 +84,28 @@ def test_foreign_weights_are_refused(goldens):
         CausalMaskedDiffWithXvec.from_weights(weights | {"epoch": torch.tensor(1)})
 
 
-# ------------------------------------------------------------------------------------------------------------- masks
+# --------------------------------------------------------------------------------------------------------- attention
 
 
-# ----------------------------------------------------------------------------------------------------------- encoder
-
-
-# --------------------------------------------------------------------------------------------------------- estimator
-
-
-# ---------------------------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize("additive", [False, True])
+def test_attention_in_bfloat16_on_a_cpu(additive):
+    """The written-out sum is the fused one to the rounding of bfloat16, gradients too, and sees no more."""
+    torch.manual_seed(0)
+    seen = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril(3)
+    mask = torch.randn(2, 4, 40, 40).masked_fill(~seen, -torch.inf) if additive else seen
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (torch.randn(2, 4, 40, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+        q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = attend(q, k, v, mask)
+        assert y.dtype == dtype
+        y.float().square().sum().backward()
+        found[dtype] = [x.float() for x in (y, q.grad, k.grad, v.grad)]
+        unseen = attend(q, k, v.detach().index_fill(2, torch.tensor([39]), 1e4), mask)
+        torch.testing.assert_close(unseen[:, :, :36], y[:, :, :36], rtol=0, atol=0)
+    for close, exact in zip(found[torch.bfloat16], found[torch.float32], strict=True):
+        assert (close - exact).norm() < 0.01 * exact.norm()
 
 
 # --------------------------------------------------------------------------------------------------------- synthesis

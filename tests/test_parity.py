@@ -36,12 +36,12 @@ from cosyvoice_ft import audio, checkpoint, text
 from cosyvoice_ft.extractors import load_for_extraction
 from cosyvoice_ft.models import flow as flow_module
 from cosyvoice_ft.models import llm as llm_module
+from cosyvoice_ft.models.attention import padding_mask
 from cosyvoice_ft.models.cfm import CausalConditionalCFM, fixed_noise
 from cosyvoice_ft.models.conformer import UpsampleConformerEncoder
 from cosyvoice_ft.models.flow import CausalMaskedDiffWithXvec
 from cosyvoice_ft.models.hift import HiFTGenerator
 from cosyvoice_ft.models.llm import NO_TARGET, Layout, Qwen2LM, smoothed_loss
-from cosyvoice_ft.models.mask import padding_mask
 from cosyvoice_ft.models.qwen2 import Qwen2ForCausalLM
 from cosyvoice_ft.models.sampling import nucleus, ras_sampling
 from cosyvoice_ft.models.unet import CausalConditionalDecoder

@@ -17,7 +17,7 @@ forward, each added to its input. The attention is that of Transformer-XL (Dai e
     score(i, j) = [(q_i + u) . k_j  +  (q_i + v) . W r_{i-j}] / sqrt(D / H)
 
 where r_n is the sinusoid of the offset n: sin and cos of n 10000^(-2m/D) in columns 2m and 2m + 1. The second term is
-handed to scaled_dot_product_attention as an additive bias, -inf where the key may not be seen.
+handed to the attention as an additive bias, -inf where the key may not be seen.
 
 B batch, S tokens, T positions of either rate, D width, H heads. Names and numbers follow the released CosyVoice2-0.5B.
 """
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosyvoice_ft.models.mask import attention_mask, padding_mask
+from cosyvoice_ft.models.attention import attend, attention_mask, padding_mask
 
 
 def relative_sinusoids(length: int, size: int, device: torch.device) -> Tensor:
@@ -74,7 +74,7 @@ class RelativeAttention(nn.Module):
         bias = by_key((q + self.pos_bias_v[:, None]) @ r.transpose(-2, -1)) / math.sqrt(q.shape[-1])  # (B, H, T, T)
         bias = bias.masked_fill(~visible[:, None], -math.inf)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q + self.pos_bias_u[:, None], k, v, attn_mask=bias, dropout_p=dropout)
+        y = attend(q + self.pos_bias_u[:, None], k, v, bias, dropout)
         return self.linear_out(y.transpose(1, 2).flatten(2))
 
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice_ft.files import BadInput
+from cosyvoice_ft.models.attention import padding_mask
 from cosyvoice_ft.models.cfm import NOISE_FRAMES, CausalConditionalCFM, fixed_noise
 from cosyvoice_ft.models.conformer import UpsampleConformerEncoder
-from cosyvoice_ft.models.mask import padding_mask
 from cosyvoice_ft.models.unet import CausalConditionalDecoder
 
 FRAMES_PER_TOKEN = 2  # mel frames at 50 Hz, tokens at 25 Hz

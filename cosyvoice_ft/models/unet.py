@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosyvoice_ft.models.mask import attention_mask
+from cosyvoice_ft.models.attention import attend, attention_mask
 
 
 def time_sinusoid(t: Tensor, size: int) -> Tensor:
@@ -107,7 +107,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         """x (B, T, C), visible (B, T, T) bool -> (B, T, C)."""
         q, k, v = (to(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])  # (B, H, T, inner / H)
+        y = attend(q, k, v, visible[:, None])  # (B, H, T, inner / H)
         return self.to_out(y.transpose(1, 2).flatten(2))
 
 

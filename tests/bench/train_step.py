@@ -6,7 +6,8 @@
 
 naive   llm: padded rows, softmax attention written out, logits of text and of all positions; flow: batches in random
         order, attention written out. Same weights, same rows, and the same loss, which is checked
-ours    llm: rows packed into one sequence, sdpa, cross entropy at target positions only; flow: sdpa, sorted batches
+ours    llm: rows packed into one sequence, sdpa, cross entropy at target positions only; flow: attention as in
+        models/attention.py, sorted batches
 feed    (of a packed data directory, or the demo's when it is there) all batches of an epoch without a model: tokens for
         the llm, tokens and stored mel for the flow, against decoding the audio and computing the mel on the way
 
@@ -29,11 +30,9 @@ import torch.nn.functional as F
 
 from cosyvoice_ft import audio, cli, conf, dataset, device, engine
 from cosyvoice_ft.files import BadInput
-from cosyvoice_ft.models import flow, llm
+from cosyvoice_ft.models import conformer, flow, llm, unet
 from cosyvoice_ft.models.cfm import CausalConditionalCFM
-from cosyvoice_ft.models.conformer import UpsampleConformerEncoder
 from cosyvoice_ft.models.qwen2 import Qwen2ForCausalLM
-from cosyvoice_ft.models.unet import CausalConditionalDecoder
 from cosyvoice_ft.shards import Shards
 from cosyvoice_ft.table import read_table
 
@@ -69,11 +68,11 @@ def naive_llm(model: llm.Qwen2LM, kind, index, pack, target, target_position) ->
     return {"loss": F.cross_entropy(logits, targets, ignore_index=llm.NO_TARGET, reduction="sum")}
 
 
-def naive_attention(q, k, v, attn_mask, dropout_p=0.0):
-    """Scaled dot-product attention, written out."""
+def naive_attention(q, k, v, mask, dropout=0.0):
+    """Softmax attention, written out as one does."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return F.dropout(scores.softmax(-1), dropout_p).to(v.dtype) @ v
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
 
 
 def utterances(number: int, seed: int = 0) -> list[dict]:
@@ -103,8 +102,8 @@ def build(part: str, layers: int) -> torch.nn.Module:
             if weight.dim() == 2:
                 torch.nn.init.normal_(weight, std=0.02)
         return model
-    decoder = CausalConditionalCFM(estimator=CausalConditionalDecoder())
-    encoder = UpsampleConformerEncoder(dropout=0.0, positional_dropout=0.0, attention_dropout=0.0)
+    decoder = CausalConditionalCFM(estimator=unet.CausalConditionalDecoder())
+    encoder = conformer.UpsampleConformerEncoder(dropout=0.0, positional_dropout=0.0, attention_dropout=0.0)
     return flow.CausalMaskedDiffWithXvec(encoder=encoder, decoder=decoder)
 
 
@@ -129,11 +128,13 @@ def case(part: str, way: str, dtype: str, layers: int, size: int, updates: int, 
             model.forward = partial(naive_llm, model)
     else:
         collate, positions = flow.collate, lambda batch: float(batch["speech_feat_len"].sum())
-    written_out = part == "flow" and way == "naive"
-    patch = mock.patch.object(F, "scaled_dot_product_attention", naive_attention)
+    patches = contextlib.ExitStack()
+    if part == "flow" and way == "naive":
+        for module in (conformer, unet):
+            patches.enter_context(mock.patch.object(module, "attend", naive_attention))
     seconds, done, first_loss = dict.fromkeys(PHASES, 0.0), 0.0, None
     groups = batches(part, way, size, model)
-    with patch if written_out else contextlib.nullcontext():
+    with patches:
         for update in range(updates + 1):
             clock, spent, loss_sum, terms = Clock(place), dict.fromkeys(PHASES, 0.0), 0.0, 0.0
             for rows in groups:

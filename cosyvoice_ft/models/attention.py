@@ -1,4 +1,6 @@
-"""Who may look at whom: padding masks and the chunk mask that makes one network both streaming and non-streaming.
+"""Attention of the flow: who may look at whom, and the weighted sum over what is seen.
+
+The chunk mask makes one network both streaming and non-streaming.
 
 With chunks of C positions, query i may see key j when
 
@@ -11,7 +13,10 @@ Whether a row streams is a property of the row, (B,) bool, not of the batch: wha
 to a loss must not depend on the utterances it happens to be batched with.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,3 +30,18 @@ def attention_mask(keys: Tensor, streaming: Tensor, chunk_size: int) -> Tensor:
     chunk = torch.arange(keys.shape[1], device=keys.device) // chunk_size  # (T,)
     past = chunk[None, :] <= chunk[:, None]  # (T, T)
     return keys[:, None, :] & (past | ~streaming[:, None, None])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0) -> Tensor:
+    """Softmax attention: q, k, v (B, H, T, d), mask (B, 1 or H, T, T), bool or to be added -> (B, H, T, d).
+
+    By torch's fused kernel, but for bf16 on a CPU, where that is no faster than float32 and matrix products are.
+    """
+    if v.device.type != "cpu" or v.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask, -math.inf)
+    with torch.autocast("cpu", enabled=False):
+        q = (q / math.sqrt(q.shape[-1])).to(v.dtype)
+        weights = (q @ k.transpose(-2, -1) + mask.to(v.dtype)).softmax(-1)
+        return F.dropout(weights, dropout) @ v
