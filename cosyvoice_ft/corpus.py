@@ -24,6 +24,7 @@ import torch
 from cosyvoice_ft import audio
 from cosyvoice_ft.files import BadInput, lock, whole
 from cosyvoice_ft.jobs import for_each
+from cosyvoice_ft.levels import level, silent_frames, trim
 from cosyvoice_ft.table import write_data_dir
 
 BROKEN = {  # the rule that is broken: what to do
@@ -46,9 +47,6 @@ UNSUITABLE = {
     " to {chinese_per_second[1]:g} Chinese characters a second: the text is not what is said, or much is silence",
 }
 LONGEST = 30.0  # seconds: what the speech tokenizer takes
-FRAME = 0.02  # seconds: silence is counted in these
-SILENCE = 0.01  # of the loudest frame: 40 dB below it
-LOUDEST = 0.95  # the peak that corpus.level never exceeds
 HELD_OUT = {"dev", "valid", "validation", "val", "test", "eval"}  # as a word in the name of a folder or of a table
 NO_SPEAKER = re.compile(r"(wav|flac|mp3|ogg|audio|clip|recording|sound|voice)s?\d*|train([-_. ].*)?", re.IGNORECASE)
 PLACEHOLDER = re.compile(r"\{[^{}]*\}|<\w+=[^<>]*>|%[sd]\b|</?s>|<unk>")
@@ -306,34 +304,6 @@ def share_at_peak(wav: np.ndarray) -> float:
     """
     size = np.abs(wav)
     return float((size >= 0.999 * size.max()).mean())
-
-
-def frame_levels(wav: np.ndarray, rate: int) -> np.ndarray:
-    """Return the RMS of each whole frame of 20 ms, at least one."""
-    samples = round(FRAME * rate)
-    whole_frames = wav[: max(1, len(wav) // samples) * samples]
-    return np.sqrt(np.square(whole_frames).reshape(max(1, len(wav) // samples), -1).mean(axis=1))
-
-
-def silent_frames(wav: np.ndarray, rate: int) -> np.ndarray:
-    """Tell of each frame whether it lies 40 dB or more below the loudest."""
-    levels = frame_levels(wav, rate)
-    return levels <= SILENCE * levels.max()
-
-
-def trim(wav: np.ndarray, rate: int, seconds: float) -> np.ndarray:
-    """Cut the silent frames at both ends down to `seconds`."""
-    loud = np.flatnonzero(~silent_frames(wav, rate)) * FRAME
-    if not len(loud):
-        return wav
-    return wav[max(0, round((loud[0] - seconds) * rate)) : round((loud[-1] + FRAME + seconds) * rate)]
-
-
-def level(wav: np.ndarray, rate: int, dbfs: float) -> np.ndarray:
-    """Scale so that the RMS of all frames that are not silent is `dbfs`, or the peak 0.95, whichever is less loud."""
-    levels = frame_levels(wav, rate)
-    rms = np.sqrt(np.square(levels[levels > SILENCE * levels.max()]).mean())
-    return wav * np.float32(min(10 ** (dbfs / 20) / rms, LOUDEST / np.abs(wav).max()))
 
 
 def writes_waves(own: Mapping) -> bool:

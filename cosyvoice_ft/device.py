@@ -64,10 +64,21 @@ def describe(device: torch.device, providers: list[str] | None = None) -> str:
     return ", ".join(parts)
 
 
+def free_memory(where: torch.device) -> int:
+    """Return the bytes that are free on the card; of the CPU, what the system calls available."""
+    if where.type == "cuda":
+        return torch.cuda.mem_get_info(where)[0]
+    return _proc_bytes("/proc/meminfo", "MemAvailable")
+
+
 def peak_memory(where: torch.device) -> int:
     """Return the most bytes that were in use at once so far, on the card or by this process."""
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where)
-    with open("/proc/self/status") as file:  # getrusage would count what the parent had before it started this process
+    return _proc_bytes("/proc/self/status", "VmHWM")  # getrusage would count what the parent had before the fork
+
+
+def _proc_bytes(path: str, key: str) -> int:
+    with open(path) as file:
         facts = dict(line.split(":", 1) for line in file)
-    return int(facts["VmHWM"].split()[0]) * 1024
+    return int(facts[key].split()[0]) * 1024

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from cosyvoice_ft import device
 from cosyvoice_ft.engine import Engine
 
 # Multiply-adds of dense bf16 matrices, in 10^12 operations a second, from the makers' data sheets.
@@ -38,15 +39,6 @@ def forward_cost(engine: Engine, batch: dict) -> tuple[int, int]:
     return sum(kept.values()), counter.get_total_flops()
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free on the device; of the CPU, what the system calls available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as file:
-        facts = dict(line.split(":") for line in file)
-    return int(facts["MemAvailable"].split()[0]) * 1024
-
-
 def report(engine: Engine, small: dict, larger: dict, max_batch: int, optimizer: str) -> tuple[str, float | None]:
     """Return a line (what is there, what a full batch adds, what is free) and positions a second at the card's peak.
 
@@ -59,7 +51,7 @@ def report(engine: Engine, small: dict, larger: dict, max_batch: int, optimizer:
     (bytes_small, work_small), (bytes_larger, work_larger) = (forward_cost(engine, batch) for batch in (small, larger))
     more = max(larger["padded"] - small["padded"], 1)
     activations = max(bytes_small + (bytes_larger - bytes_small) / more * (max_batch - small["padded"]), 0)
-    need, free = grads + states + activations, free_bytes(engine.device)
+    need, free = grads + states + activations, device.free_memory(engine.device)
     parts = {"weights": weights, "gradients": grads, "optimizer": states, f"activations at {max_batch}": activations}
     said = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     warning = " NOT ENOUGH: lower max_batch, or set train.checkpointing or train.freeze" if need > free else ""
@@ -68,11 +60,11 @@ def report(engine: Engine, small: dict, larger: dict, max_batch: int, optimizer:
     return line, peak_of(engine.device) / work if work > 0 and peak_of(engine.device) else None
 
 
-def peak_of(device: torch.device) -> float | None:
+def peak_of(where: torch.device) -> float | None:
     """Return the operations a second of a known card."""
-    if device.type != "cuda":
+    if where.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(where)
     found = [card for card in PEAK if card in name]
     return PEAK[max(found, key=len)] * 1e12 if found else None
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cosyvoice_ft import audio
-from cosyvoice_ft.corpus import FRAME, silent_frames
+from cosyvoice_ft.levels import FRAME, silent_frames
 
 PITCH_HOP = 160  # samples at 16 kHz = 10 ms
 PITCH_WINDOW = 480  # samples at 16 kHz = 30 ms: W

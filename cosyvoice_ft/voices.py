@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from cosyvoice_ft import audio
-from cosyvoice_ft.corpus import FRAME, silent_frames
 from cosyvoice_ft.files import BadInput
+from cosyvoice_ft.levels import FRAME, silent_frames
 
 HOP, WINDOW, BANDS = 160, 400, 40  # samples at 16 kHz = 10 ms, 25 ms; mel bands
 PARTIAL, STEP, COVERED = 160, 77, 0.75  # frames of a window; between two; share that the last must fill
