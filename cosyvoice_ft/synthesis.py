@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice_ft import audio, checkpoint, conf, text
 from cosyvoice_ft.files import BadInput
@@ -35,7 +36,8 @@ from cosyvoice_ft.models.sampling import ras_sampling
 PHASES = ("text", "llm", "flow", "vocoder")
 MODES = ("sft", "zero_shot", "cross_lingual", "instruct")
 NOTHING = "nothing in it can be spoken"
-MAX_TOKENS = 2000  # speech tokens that the flow takes side by side, 80 s
+MAX_TOKENS = 2000  # speech tokens side by side in the flow, 80 s: attention takes memory with the square of a row
+MAX_FRAMES = {"cpu": 300, "cuda": 4000}  # mel frames side by side in the vocoder; a CPU is slower beyond its caches
 PROMPT_FIELDS = ("prompt_text", "llm_prompt_speech_token", "flow_prompt_speech_token", "prompt_speech_feat")
 
 
@@ -206,8 +208,9 @@ class Synthesizer:
             group = queue[start : start + batch_size]
             with self.timed("llm"):
                 self.add_tokens([part for part in group if part.sentence.tokens is None])
-            for some in bounded([part for part in group if part.tokens]):
-                self.add_waves(some)
+            said = [part for part in group if part.tokens]
+            for some in bounded([len(part.tokens) for part in said], MAX_TOKENS):
+                self.add_waves([said[i] for i in some])
             for part in group:
                 if part.wav is None:
                     part.wav, part.trouble = torch.zeros(0), part.trouble or "the language model said nothing"
@@ -258,8 +261,10 @@ class Synthesizer:
             with self.timed("flow"):
                 mels = self.mels(parts)
             with self.timed("vocoder"):
-                for part, mel in zip(parts, mels, strict=True):
-                    part.wav = self.wave(mel, part.seed)
+                for some in bounded([len(mel) for mel in mels], MAX_FRAMES[self.device.type]):
+                    waves = self.waves([mels[i] for i in some], [parts[i].seed for i in some])
+                    for i, wav in zip(some, waves, strict=True):
+                        parts[i].wav = wav
         except (BadInput, torch.OutOfMemoryError) as error:
             failure = str(error).split("\n")[0]
         if failure and len(parts) == 1:
@@ -269,7 +274,7 @@ class Synthesizer:
                 self.add_waves([part])
 
     def mels(self, parts: Sequence[Segment]) -> list[Tensor]:
-        """Speech tokens -> the mel (1, 80, T) of each, side by side."""
+        """Speech tokens -> the mel (T, 80) of each at synth.speed, side by side."""
         prompted = [part.sentence.mode != "sft" for part in parts]
         none = Voice(torch.zeros(1, 1))
         prompts = [part.sentence.voice if yes else none for part, yes in zip(parts, prompted, strict=True)]
@@ -280,15 +285,25 @@ class Synthesizer:
             embedding=torch.cat([part.sentence.voice.embedding for part in parts]).to(self.device),
             n_timesteps=self.settings["flow"]["n_timesteps"],
         )
-        return [row[None, :, :n] for row, n in zip(mel, frames.tolist(), strict=True)]
-
-    def wave(self, mel: Tensor, seed: tuple[int, ...]) -> Tensor:
-        """Mel (1, 80, T) -> wave (480 T / speed,). Never side by side: a vocoder row hears the padding beside it."""
-        speed = self.settings["synth"]["speed"]
+        rows, speed = [row[:, :n] for row, n in zip(mel, frames.tolist(), strict=True)], self.settings["synth"]["speed"]
         if speed != 1:
-            mel = F.interpolate(mel, size=max(1, int(mel.shape[2] / speed)), mode="linear")
-        generator = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**63)))
-        return self.hift(mel, generator=generator)[0][0].cpu()
+            sizes = [max(1, int(row.shape[1] / speed)) for row in rows]
+            rows = [F.interpolate(row[None], size=n, mode="linear")[0] for row, n in zip(rows, sizes, strict=True)]
+        return [row.T for row in rows]
+
+    def waves(self, mels: list[Tensor], seeds: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Mels (T, 80) -> the wave (480 T,) of each, side by side."""
+        hop, sines = self.hift.hop, self.hift.m_source.l_linear.in_features
+        frames, noise = [len(mel) for mel in mels], []
+        for n, seed in zip(frames, seeds, strict=True):
+            generator = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**63)))
+            noise.append(torch.randn(hop * n, sines, generator=generator))
+        wav, _ = self.hift(
+            pad_sequence(mels, batch_first=True).transpose(1, 2),
+            pad_sequence(noise, batch_first=True).to(self.device),
+            torch.tensor(frames, device=self.device),
+        )
+        return [row[: hop * n] for row, n in zip(wav.cpu(), frames, strict=True)]
 
     def join(self, sentence: Sentence, parts: Sequence[Segment]) -> Spoken:
         """Put the segments of a sentence together, with a pause between them."""
@@ -301,14 +316,14 @@ class Synthesizer:
         return Spoken(sentence, wav, tokens, ended and not trouble, retried, trouble)
 
 
-def bounded(parts: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Cut a batch where its padded tokens would exceed MAX_TOKENS: attention takes memory with the square of a row."""
-    group: list[Segment] = []
-    for part in sorted(parts, key=lambda part: len(part.tokens)):
-        if group and len(part.tokens) * (len(group) + 1) > MAX_TOKENS:
+def bounded(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Yield the indices of `sizes` in groups of a like size, each with at most `most` when padded, or one alone."""
+    group: list[int] = []
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if group and sizes[i] * (len(group) + 1) > most:
             yield group
             group = []
-        group.append(part)
+        group.append(i)
     if group:
         yield group
 

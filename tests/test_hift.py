@@ -11,8 +11,7 @@ from cosyvoice_ft.files import BadInput
 from cosyvoice_ft.models.hift import HiFTGenerator
 
 NPZ, JSON = "hift_cv2.npz", "hift_cv2.json"
-F0_TOLERANCE, SOURCE_TOLERANCE, DECODE_TOLERANCE, WAV_TOLERANCE = 5e-3, 1e-3, 1e-4, 5e-3  # Hz; the others: amplitude
-EDGE = 20  # frames at the end of a padded row that differ from those of the row alone
+DECODE_TOLERANCE, WAV_TOLERANCE = 1e-5, 5e-3  # amplitude; an f0 off by a rounding error moves the phase
 
 
 @pytest.fixture(scope="module")
@@ -85,29 +84,21 @@ def test_folded_weights_sound_the_same(model, arrays, no_grad):
     torch.testing.assert_close(model.decode(arrays["mel"], arrays["source"]), unfolded, atol=1e-6, rtol=0)
 
 
-def test_a_padded_row_is_the_row_alone_up_to_its_edge(model, no_grad):
-    frames, padding = 2 * EDGE, EDGE
+@pytest.mark.parametrize("frames", [(40, 25, 1, 13), (7, 7), (1,)])
+def test_a_row_of_a_batch_is_the_row_alone(model, no_grad, frames):
     draw = torch.Generator().manual_seed(0)
-    mel = torch.randn(2, 80, frames + padding, generator=draw)
-    mel[0, :, frames:] = np.log(1e-5)
-    noise = torch.randn(2, model.hop * (frames + padding), 9, generator=draw)
-    together, _ = model(mel, sine_noise=noise)
-    alone, _ = model(mel[:1, :, :frames], sine_noise=noise[:1, : model.hop * frames])
-    same = model.hop * (frames - EDGE)
-    difference = (together[0, : alone.shape[-1]] - alone[0]).abs()
-    assert difference[:same].max() < WAV_TOLERANCE
-    assert difference[same:].max() > 10 * WAV_TOLERANCE
-    full, _ = model(mel[1:], sine_noise=noise[1:])
-    torch.testing.assert_close(together[1], full[0], atol=WAV_TOLERANCE, rtol=0)
-
-
-def test_noise_comes_from_the_caller(model, arrays, no_grad):
-    mel = arrays["mel"]
-    first, again, other = (model(mel, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    with pytest.raises(ValueError, match="noise"):
-        model(mel)
+    mel = 3 * torch.randn(len(frames), 80, max(frames), generator=draw)  # what lies in the padding is of no account
+    noise = torch.randn(len(frames), model.hop * max(frames), 9, generator=draw)
+    wav, source = model(mel, noise, torch.tensor(frames))
+    for i, n in enumerate(frames):
+        samples = model.hop * n
+        mel_alone, source_alone = mel[i : i + 1, :, :n], source[i : i + 1, :, :samples]
+        wav_alone, _ = model(mel_alone, noise[i : i + 1, :samples])
+        assert wav_alone.abs().max() > 0.1
+        torch.testing.assert_close(wav[i, :samples], wav_alone[0], atol=WAV_TOLERANCE, rtol=0)
+        decoded = model.decode(mel_alone, source_alone)[0]
+        torch.testing.assert_close(wav[i, :samples], decoded, atol=DECODE_TOLERANCE, rtol=0)
+        assert not wav[i, samples:].any()
 
 
 def test_harmonics_keep_their_phase_over_half_a_minute(model):
@@ -127,5 +118,5 @@ def test_source_is_float32_under_autocast(model, arrays, no_grad):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.predict_f0(arrays["mel"]), f0)
         assert torch.equal(model.source(arrays["f0"], arrays["sine_noise"]), source)
-        wav, _ = model(arrays["mel"], sine_noise=arrays["sine_noise"])
+        wav, _ = model(arrays["mel"], arrays["sine_noise"])
     assert wav.dtype == torch.float32

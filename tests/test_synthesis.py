@@ -13,7 +13,7 @@ import torch
 from cosyvoice_ft import audio, checkpoint, conf
 from cosyvoice_ft.extractors import SpeakerEncoder, SpeechTokenizer, load_archive, load_for_extraction, save_archive
 from cosyvoice_ft.files import BadInput
-from cosyvoice_ft.synthesis import PHASES, Sentence, Synthesizer, Voice, bounded, with_prompt
+from cosyvoice_ft.synthesis import MAX_FRAMES, PHASES, Sentence, Synthesizer, Voice, bounded, with_prompt
 from cosyvoice_ft.table import read_table, write_data_dir
 
 CPU = torch.device("cpu")
@@ -112,13 +112,17 @@ def test_each_mode_gives_each_network_what_it_takes(synthesizer, voice, monkeypa
         assert torch.equal(given["embedding"], voice.embedding) and given["token"][0].tolist() == [5, 6, 7, 8]
 
 
-def test_batches_say_the_same_as_one_by_one(synthesizer, voice):
+def test_batches_say_the_same_as_one_by_one(synthesizer, voice, monkeypatch):
     sentences = [Sentence(str(i), text, voice, seed=3) for i, text in enumerate(TEXTS)]
 
     def spoken(size, chosen=sentences):
         return {one.sentence.utt: one for one in synthesizer.speak(chosen, size)}
 
-    alone, together, backwards = spoken(1), spoken(8), spoken(8, sentences[::-1])
+    rows = []
+    monkeypatch.setitem(MAX_FRAMES, "cpu", 10000)
+    with synthesizer.hift.register_forward_pre_hook(lambda _, given: rows.append(len(given[0]))):
+        alone, together, backwards = spoken(1), spoken(8), spoken(8, sentences[::-1])
+    assert rows == [1] * 5 + [5] * 2  # side by side in the vocoder, too
     assert alone.keys() == together.keys() == backwards.keys() == {str(i) for i in range(5)}
     for utt, one in alone.items():
         assert (one.tokens, one.ended) == (together[utt].tokens, together[utt].ended) and one.tokens
@@ -128,13 +132,9 @@ def test_batches_say_the_same_as_one_by_one(synthesizer, voice):
     assert len(other.wav) != len(alone["0"].wav) or not torch.equal(other.wav, alone["0"].wav)
 
 
-def test_batches_of_the_flow_are_bounded():
-    class Part:
-        def __init__(self, n):
-            self.tokens = [0] * n
-
-    groups = [[len(part.tokens) for part in group] for group in bounded([Part(n) for n in (900, 5000, 100, 800, 1200)])]
-    assert groups == [[100, 800], [900], [1200], [5000]]
+def test_batches_are_bounded():
+    assert list(bounded([900, 5000, 100, 800, 1200], 2000)) == [[2, 3], [0], [4], [1]]
+    assert list(bounded([], 2000)) == []
 
 
 def test_what_does_not_end_is_tried_once_more(synthesizer, voice, monkeypatch):

@@ -7,6 +7,9 @@
     x = conv(mel);  x <- mean_k res_k(up(x) + res(down(STFT(s))))     three times: 8, 5, 3 steps for one
     [a, p] = conv(x);  wav = iSTFT(min(exp a, 100) e^(i sin p))                                         (B, N)
 
+Rows of a batch may end before T, at `frames` (B,): every convolution then reads zeros beyond the end of a row, as it
+does around a row alone, and both STFTs see a row up to its end; so a row says the same alone and beside others.
+
 B batch, T mel frames at 50 Hz, R samples a second (24000), hop = 8 * 5 * 3 * 4 = 480 samples a frame, N = hop T,
 H = 9 sines (the fundamental and 8 harmonics), z normal noise, K = n_fft / 2 + 1 = 9 bins of an STFT of 16 samples
 every 4, C channels: 512, halved by each upsampling.
@@ -18,7 +21,7 @@ and how to fix it" (snake), arXiv:2006.08195. Names and numbers are those of the
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -26,8 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice_ft.files import BadInput
+from cosyvoice_ft.models.attention import padding_mask
 
 EDGE_KERNEL = 7  # frames: conv_pre and conv_post, the same for every size of the model
 F0_KERNEL = 3  # frames
@@ -45,6 +50,24 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 
     """Return a weight-normed convolution, (B, in, T) -> (B, out, T)."""
     padding = dilation * (kernel_size - 1) // 2
     return weight_norm(nn.Conv1d(in_channels, out_channels, kernel_size, dilation=dilation, padding=padding))
+
+
+def padding(ends: Tensor | None, length: int) -> Tensor | None:
+    """Return where rows that end at `ends` (B,) have padding: (B, 1, length) bool."""
+    return None if ends is None else ~padding_mask(ends, length).unsqueeze(1)
+
+
+def silenced(x: Tensor, padded: Tensor | None) -> Tensor:
+    """Return x (B, C, T) with zeros where `padded` (B, 1, T)."""
+    return x if padded is None else x.masked_fill(padded, 0)
+
+
+def by_row(function: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor | None) -> Tensor:
+    """Apply a function (1, ..., n) -> (1, ..., m) to each row up to its end; zeros after what comes of it."""
+    if ends is None:
+        return function(x)
+    rows = [function(row[None, ..., :n])[0].movedim(-1, 0) for row, n in zip(x, ends.tolist(), strict=True)]
+    return pad_sequence(rows, batch_first=True).movedim(1, -1)
 
 
 class Snake(nn.Module):
@@ -69,9 +92,10 @@ class ResBlock(nn.Module):
         self.activations1 = nn.ModuleList(Snake(channels) for _ in dilations)
         self.activations2 = nn.ModuleList(Snake(channels) for _ in dilations)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padded: Tensor | None = None) -> Tensor:
         for i, (conv1, conv2) in enumerate(zip(self.convs1, self.convs2, strict=True)):
-            x = x + conv2(self.activations2[i](conv1(self.activations1[i](x))))
+            inner = conv1(self.activations1[i](silenced(x, padded)))  # snake(0) = 0
+            x = x + conv2(self.activations2[i](silenced(inner, padded)))
         return x
 
 
@@ -85,8 +109,12 @@ class F0Predictor(nn.Module):
         self.condnet = nn.Sequential(*(module for layer in layers for module in layer))
         self.classifier = nn.Linear(cond_channels, 1)
 
-    def forward(self, mel: Tensor) -> Tensor:
-        return self.classifier(self.condnet(mel).transpose(1, 2)).squeeze(-1).abs()
+    def forward(self, mel: Tensor, padded: Tensor | None = None) -> Tensor:
+        x = mel
+        for layer in self.condnet:
+            x = layer(silenced(x, padded))
+        f0 = self.classifier(x.transpose(1, 2)).squeeze(-1).abs()
+        return f0 if padded is None else f0.masked_fill(padded[:, 0], 0)  # then the phase stays where the row ends
 
 
 class HarmonicSource(nn.Module):
@@ -130,9 +158,7 @@ class HarmonicSource(nn.Module):
 class HiFTGenerator(nn.Module):
     """The vocoder of CosyVoice2, mel (B, 80, T) -> wav (B, 480 T) in [-0.99, 0.99] at 24 kHz.
 
-    There is no mask. Rows of a batch are padded on the right, with silence (log 1e-5; a zero is loud), and the caller
-    cuts row b to hop * T_b samples. The last 20 frames before the cut hear the padding; alone, they would hear the
-    zeros around every convolution. sampling_rate and nsf_voiced_threshold are in Hz, n_fft and istft_hop in samples.
+    sampling_rate and nsf_voiced_threshold are in Hz, n_fft and istft_hop in samples.
     """
 
     def __init__(
@@ -222,10 +248,10 @@ class HiFTGenerator(nn.Module):
             if is_parametrized(module, "weight"):
                 remove_parametrizations(module, "weight", leave_parametrized=True)
 
-    def predict_f0(self, mel: Tensor) -> Tensor:
-        """mel (B, 80, T) -> f0 (B, T), Hz; float32 under autocast too (see `source`)."""
+    def predict_f0(self, mel: Tensor, frames: Tensor | None = None) -> Tensor:
+        """mel (B, 80, T) -> f0 (B, T), Hz, 0 beyond `frames`; float32 under autocast too (see `source`)."""
         with torch.autocast(mel.device.type, enabled=False):
-            return self.f0_predictor(mel.float())
+            return self.f0_predictor(mel.float(), padding(frames, mel.shape[-1]))
 
     def source(self, f0: Tensor, sine_noise: Tensor) -> Tensor:
         """f0 (B, T) Hz, sine_noise (B, hop T, H) ~ N(0, 1) -> source (B, 1, hop T).
@@ -235,49 +261,61 @@ class HiFTGenerator(nn.Module):
         with torch.autocast(f0.device.type, enabled=False):
             return self.m_source(f0.float(), sine_noise.float())
 
-    def decode(self, mel: Tensor, source: Tensor) -> Tensor:
-        """mel (B, 80, T), source (B, 1, hop T) -> wav (B, hop T)."""
-        assert source.shape[-1] == self.hop * mel.shape[-1], f"{source.shape[-1]} samples for {mel.shape[-1]} frames"
-        window = torch.hann_window(self.n_fft, device=mel.device)  # (n_fft,)
-        stft = torch.stft(source.squeeze(1), self.n_fft, self.istft_hop, window=window, return_complex=True)
-        stft = torch.cat([stft.real, stft.imag], dim=1)  # (B, 2 K, T hop / istft_hop + 1)
-        x = self.conv_pre(mel)  # (B, C, T)
-        for i, up in enumerate(self.ups):
-            x = up(F.leaky_relu(x, self.lrelu_slope))
-            if up is self.ups[-1]:
-                x = F.pad(x, (1, 0), mode="reflect")  # the STFT has one frame more than hop / istft_hop times T
-            x = x + self.source_resblocks[i](self.source_downs[i](stft))
-            blocks = self.resblocks[i * self.blocks_per_stage : (i + 1) * self.blocks_per_stage]
-            x = sum(block(x) for block in blocks) / self.blocks_per_stage
-        x = self.conv_post(F.leaky_relu(x)).float()  # (B, 2 K, T hop / istft_hop + 1); the slope is torch's 0.01
-        log_magnitude, phase = x.chunk(2, dim=1)
+    def stft(self, source: Tensor) -> Tensor:
+        """source (B, N) -> real and imaginary parts (B, 2 K, N / istft_hop + 1)."""
+        window = torch.hann_window(self.n_fft, device=source.device)  # (n_fft,)
+        spectrum = torch.stft(source, self.n_fft, self.istft_hop, window=window, return_complex=True)
+        return torch.cat([spectrum.real, spectrum.imag], dim=1)
+
+    def istft(self, x: Tensor) -> Tensor:
+        """x (B, 2 K, N / istft_hop + 1), the logarithm of the magnitude and the arcsine of the phase -> wav (B, N)."""
+        log_magnitude, phase = x.float().chunk(2, dim=1)
         spectrum = torch.polar(log_magnitude.exp().clamp(max=MAX_MAGNITUDE), phase.sin())
-        wav = torch.istft(spectrum, self.n_fft, self.istft_hop, window=window)  # (B, hop T)
+        window = torch.hann_window(self.n_fft, device=x.device)  # (n_fft,)
+        wav = torch.istft(spectrum, self.n_fft, self.istft_hop, window=window)
         return wav.clamp(-self.audio_limit, self.audio_limit)
+
+    def decode(self, mel: Tensor, source: Tensor, frames: Tensor | None = None) -> Tensor:
+        """mel (B, 80, T), source (B, 1, hop T) -> wav (B, hop T), zeros after hop * frames."""
+        assert source.shape[-1] == self.hop * mel.shape[-1], f"{source.shape[-1]} samples for {mel.shape[-1]} frames"
+
+        def ends(steps: int, more: int = 0) -> Tensor | None:
+            """Return where the rows end that have so many steps a frame, and some more."""
+            return None if frames is None else steps * frames + more
+
+        stft = by_row(self.stft, source.squeeze(1), ends(self.hop))  # (B, 2 K, T hop / istft_hop + 1)
+        padded, steps = padding(ends(1), mel.shape[-1]), 1
+        x = self.conv_pre(silenced(mel, padded))  # (B, C, T)
+        for i, up in enumerate(self.ups):
+            x, steps = up(silenced(F.leaky_relu(x, self.lrelu_slope), padded)), steps * up.stride[0]
+            last = up is self.ups[-1]
+            if last:  # the STFT has one frame more than hop / istft_hop times T
+                x = F.pad(x, (1, 0), mode="reflect")
+            padded = padding(ends(steps, more=last), x.shape[-1])
+            x = x + self.source_resblocks[i](self.source_downs[i](stft), padded)
+            blocks = self.resblocks[i * self.blocks_per_stage : (i + 1) * self.blocks_per_stage]
+            x = sum(block(x, padded) for block in blocks) / self.blocks_per_stage
+        x = self.conv_post(silenced(F.leaky_relu(x), padded))  # (B, 2 K, T hop / istft_hop + 1); torch's slope, 0.01
+        return by_row(self.istft, x, ends(steps, more=1))
 
     def forward(
         self,
         mel: Tensor,
+        sine_noise: Tensor,
+        frames: Tensor | None = None,
         *,
-        sine_noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
         cache_source: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Inference: mel (B, 80, T) -> wav (B, hop T), source (B, 1, hop T).
+        """Inference: mel (B, 80, T), sine_noise (B, hop T, H) -> wav (B, hop T), source (B, 1, hop T).
 
-        The noise is `sine_noise` (B, hop T, H), or drawn from `generator`; ValueError unless one of them is given. A
-        stream hands in, for frames it repeats, the end of the source of its last call: `cache_source` (B, 1, n)
-        replaces the first n samples, so that the harmonics go on in phase.
+        frames (B,) int64: where the rows of a padded batch end; the wave is zero from there. A stream hands in, for
+        frames it repeats, the end of the source of its last call: `cache_source` (B, 1, n) replaces the first n
+        samples, so that the harmonics go on in phase.
         """
-        if (sine_noise is None) == (generator is None):
-            raise ValueError("the source needs noise: give either sine_noise or a generator")
-        if sine_noise is None:
-            shape = (mel.shape[0], self.hop * mel.shape[-1], self.m_source.l_linear.in_features)
-            sine_noise = torch.randn(shape, generator=generator, device=generator.device).to(mel.device)
-        source = self.source(self.predict_f0(mel), sine_noise)
+        source = self.source(self.predict_f0(mel, frames), sine_noise)
         if cache_source is not None:
             source = torch.cat([cache_source, source[..., cache_source.shape[-1] :]], dim=-1)
-        return self.decode(mel, source), source
+        return self.decode(mel, source, frames), source
 
     def training_forward(self, speech_feat: Tensor, sine_noise: Tensor) -> tuple[Tensor, Tensor]:
         """speech_feat (B, T, 80), sine_noise (B, hop T, H) -> wav (B, hop T), f0 (B, T) Hz, both with gradients."""
