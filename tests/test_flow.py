@@ -87,12 +87,13 @@ def test_foreign_weights_are_refused(goldens):
 # --------------------------------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("additive", [False, True])
-def test_attention_in_bfloat16_on_a_cpu(additive):
+@pytest.mark.parametrize("kind", ["seen", "additive", "causal"])
+def test_attention_in_bfloat16_on_a_cpu(kind):
     """The written-out sum is the fused one to the rounding of bfloat16, gradients too, and sees no more."""
     torch.manual_seed(0)
     seen = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril(3)
-    mask = torch.randn(2, 4, 40, 40).masked_fill(~seen, -torch.inf) if additive else seen
+    additive = torch.randn(2, 4, 40, 40).masked_fill(~seen, -torch.inf)
+    mask = {"seen": seen, "additive": additive, "causal": None}[kind]
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (torch.randn(2, 4, 40, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))

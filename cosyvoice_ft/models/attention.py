@@ -1,6 +1,6 @@
-"""Attention of the flow: who may look at whom, and the weighted sum over what is seen.
+"""Attention: who may look at whom, and the weighted sum over what is seen.
 
-The chunk mask makes one network both streaming and non-streaming.
+The chunk mask makes one network, the flow's, both streaming and non-streaming.
 
 With chunks of C positions, query i may see key j when
 
@@ -32,13 +32,16 @@ def attention_mask(keys: Tensor, streaming: Tensor, chunk_size: int) -> Tensor:
     return keys[:, None, :] & (past | ~streaming[:, None, None])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0) -> Tensor:
-    """Softmax attention: q, k, v (B, H, T, d), mask (B, 1 or H, T, T), bool or to be added -> (B, H, T, d).
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Softmax attention: q (B, H, T, d), k, v (B, H, S, d) -> (B, H, T, d).
 
+    mask (B, 1 or H, T, S), bool or to be added; None: no query sees a later key, S = T.
     By torch's fused kernel, but for bf16 on a CPU, where that is no faster than float32 and matrix products are.
     """
     if v.device.type != "cpu" or v.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask, -math.inf)
     with torch.autocast("cpu", enabled=False):

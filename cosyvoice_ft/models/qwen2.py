@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosyvoice_ft.models.attention import attend
+
 
 @lru_cache
 def _inverse_frequencies(size: int, theta: float, device: torch.device) -> Tensor:
@@ -43,12 +45,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """q (B, L, H, d), k and v (B, S, K, d) -> (B, L, H, d); each key head serves H / K query heads."""
+def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q (B, L, H, d), k and v (B, S, K, d) -> (B, L, H, d); each key head serves H / K query heads. No mask: causal."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal).transpose(1, 2)
+    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
 
 
 class Rows:
@@ -64,7 +65,7 @@ class Rows:
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, d), k, v (N, K, d) -> (N, H, d). On the right of a row is padding, which causality hides."""
         q, k, v = (self.unpack(x) for x in (q, k, v))
-        return attend(q, k, v, None, is_causal=True).flatten(0, 1).index_select(0, self.pack)
+        return grouped(q, k, v, None).flatten(0, 1).index_select(0, self.pack)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(N, ...) -> (B, L, ...), zeros at the padding."""
@@ -101,9 +102,9 @@ class Cache:
             self.values.append(v.new_zeros(v.shape[0], 0, *v.shape[2:]))
         if self.first:
             self.keys[layer], self.values[layer] = k, v
-            return attend(q, k, v, None, is_causal=True)
+            return grouped(q, k, v, None)
         keys, values = self.write(self.keys, layer, k), self.write(self.values, layer, v)
-        return attend(q, keys, values, self.mask, is_causal=False)
+        return grouped(q, keys, values, self.mask)
 
     def write(self, store: list[Tensor], layer: int, x: Tensor) -> Tensor:
         """Put x (B, L, K, d) at its positions and return what is there, (B, S, K, d); the store grows by doubling."""
