@@ -1,6 +1,8 @@
 """Shards and the plan of an epoch: nothing lost, nothing twice, nothing that depends on workers."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -55,6 +57,9 @@ def test_a_damaged_shard_is_named(tmp_path):
     (tmp_path / "0.parquet").write_bytes(b"PAR1 but not really")
     (tmp_path / "data.list").write_text("0.parquet\n")
     with pytest.raises(BadInput, match="0.parquet: not a readable shard"):
+        shards.Shards(tmp_path / "data.list")
+    pq.write_table(pa.table({"utt": ["a"], "speech_feat": [[1.0]]}), tmp_path / "0.parquet")
+    with pytest.raises(BadInput, match="0.parquet: holds other columns than this version packs; run stage 3 again"):
         shards.Shards(tmp_path / "data.list")
 
 

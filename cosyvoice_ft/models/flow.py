@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice_ft.files import BadInput
@@ -226,11 +226,14 @@ def collate(
     tokens = [min(len(row["speech_token"]), len(row["speech_feat"]) // FRAMES_PER_TOKEN) for row in rows]
     frames = [FRAMES_PER_TOKEN * n for n in tokens]
     draws = [draw(rng, n, training_cfg_rate) for rng, n in zip(rngs, frames, strict=True)]
-    coin, prompt_len, t, keep, z = zip(*draws, strict=True)
+    coin, prompt_len, t, keep, generators = zip(*draws, strict=True)
+    z = torch.zeros(len(rows), max(frames), rows[0]["speech_feat"].shape[1])
+    for row, n, generator in zip(z, frames, generators, strict=True):
+        torch.randn(n, len(row[0]), generator=generator, out=row[:n])
     pairs = list(zip(rows, tokens, frames, strict=True))
     return {
-        "count": float(sum(frames) * rows[0]["speech_feat"].shape[1]),
-        "speech_token": padded([row["speech_token"][:n].astype(np.int64) for row, n, _ in pairs]),
+        "count": float(sum(frames) * z.shape[2]),
+        "speech_token": padded([row["speech_token"][:n] for row, n, _ in pairs], np.int64),
         "speech_token_len": torch.tensor(tokens),
         "speech_feat": padded([row["speech_feat"][:n] for row, _, n in pairs]),
         "speech_feat_len": torch.tensor(frames),
@@ -238,19 +241,22 @@ def collate(
         "streaming": torch.tensor(coin if streaming is None else [streaming] * len(rows)),
         "prompt_len": torch.tensor(prompt_len),
         "t": torch.tensor(t, dtype=torch.float32),
-        "z": padded(z),
+        "z": z,
         "keep": torch.tensor(keep),
     }
 
 
-def draw(rng: np.random.Generator, frames: int, training_cfg_rate: float) -> tuple[bool, int, float, bool, np.ndarray]:
-    """Draws of one row of `frames` frames: streaming, prompt_len, t, keep, z (frames, 80) float32."""
+def draw(rng: np.random.Generator, frames: int, training_cfg_rate: float) -> tuple[bool, int, float, bool, Generator]:
+    """Draws of one row of `frames` frames: streaming, prompt_len, t, keep, and a generator of z (torch: faster)."""
     streaming, conditioned = rng.random() < 0.5, rng.random() >= 0.5
     prompt_len = int(rng.integers(0, int(0.3 * frames), endpoint=True))
     t, keep = rng.random(), rng.random() > training_cfg_rate
-    return streaming, prompt_len * conditioned, t, keep, rng.standard_normal((frames, 80), dtype=np.float32)
+    return streaming, prompt_len * conditioned, t, keep, Generator().manual_seed(int(rng.integers(2**63)))
 
 
-def padded(arrays: Sequence[np.ndarray]) -> Tensor:
+def padded(arrays: Sequence[np.ndarray], dtype: type | None = None) -> Tensor:
     """Arrays (n, ...) -> (B, longest n, ...), zeros behind the shorter ones."""
-    return pad_sequence([torch.tensor(array) for array in arrays], batch_first=True)
+    out = np.zeros((len(arrays), max(map(len, arrays)), *arrays[0].shape[1:]), dtype or arrays[0].dtype)
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+    return torch.from_numpy(out)

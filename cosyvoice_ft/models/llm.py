@@ -75,26 +75,30 @@ class Layout:
 
 
 # A piece is (kind, index, says): `says` are the tokens to be predicted from here on, starting one position before.
-def _special(row: int) -> tuple[int, np.ndarray, np.ndarray]:
-    return SPECIAL, np.array([row]), np.array([NO_TARGET])
+Piece = tuple[int, np.ndarray, Sequence[int]]
 
 
-def _text(ids: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    return TEXT, ids, np.full(len(ids), NO_TARGET)
+def _special(row: int) -> Piece:
+    return SPECIAL, np.array([row]), ()
 
 
-def _speech(ids: np.ndarray, then: int) -> tuple[int, np.ndarray, np.ndarray]:
+def _text(ids: np.ndarray) -> Piece:
+    return TEXT, ids, ()
+
+
+def _speech(ids: np.ndarray, then: int) -> Piece:
     return SPEECH, ids, np.append(ids, then)
 
 
-def _join(pieces: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    kind = np.concatenate([np.full(len(index), kind) for kind, index, _ in pieces])
-    index = np.concatenate([index for _, index, _ in pieces]).astype(np.int64)
-    target, end = np.full(len(index), NO_TARGET), 0
-    for number, piece, says in pieces:
-        if number == SPEECH:
-            target[end - 1 : end + len(piece)] = says
-        end += len(piece)
+def _join(pieces: list[Piece]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    kinds, indices, says = zip(*pieces, strict=True)
+    lengths = [len(index) for index in indices]
+    kind, index = np.repeat(kinds, lengths), np.concatenate(indices).astype(np.int64)
+    target, start = np.full(len(index), NO_TARGET), 0
+    for length, said in zip(lengths, says, strict=True):
+        if len(said):
+            target[start - 1 : start + length] = said
+        start += length
     return kind, index, target
 
 
