@@ -1,6 +1,7 @@
 """Where heavy work runs, said aloud; a card that cannot be used is an error and never a silent fall back to the CPU."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -21,17 +22,27 @@ def nvidia_cards() -> list[str]:
 def torch_device(name: str) -> torch.device:
     """Return the device of `name` ("auto", "cpu", "cuda", "cuda:1").
 
-    Raises BadInput when a card is there (or asked for) and this torch cannot use it.
+    Raises BadInput for another name, and when a card is there (or asked for) and this torch cannot use it.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise BadInput(f"device: '{name}' is unknown; one of: auto, cpu, cuda, cuda:1")
+    cards = nvidia_cards()
     if name == "auto":
-        name = "cuda" if nvidia_cards() or torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+        name = "cuda" if cards or torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        if not cards:
+            raise BadInput(f"device: {name}, and there is no NVIDIA card (nvidia-smi lists none); say --device cpu")
         raise BadInput(
-            f"device: {', '.join(nvidia_cards()) or 'no NVIDIA card'} cannot be used by torch {torch.__version__} "
-            f"(built for {torch.version.cuda or 'CPU only'}); install a torch for your driver: TORCH='torch==...' bash "
+            f"device: {', '.join(cards)} cannot be used by torch {torch.__version__} (built for "
+            f"{torch.version.cuda or 'CPU only'}); install a torch for your driver: TORCH='torch==...' bash "
             "tools/install.sh, or say --device cpu"
         )
-    return torch.device(name)
+    where = torch.device(name)
+    if (where.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"device: {name}, and the cards are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return where
 
 
 def onnx_providers(device: torch.device) -> list[str]:

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from cosyvoice_ft import device
+from cosyvoice_ft.files import BadInput
+
 TOOLS = [
     "average",
     "extract_embedding",
@@ -76,6 +79,14 @@ def test_a_card_that_cannot_be_used_is_an_error(run_tool, clips, base, tmp_path)
     one_line(done, "NVIDIA Made-up 9000 cannot be used by torch")
     assert "--device cpu" in done.stderr
     assert "device cpu" in run_tool(*command, "--device", "cpu", env=env).stdout
+
+
+@pytest.mark.parametrize(
+    "name, says", [("gpu", "'gpu' is unknown; one of: auto, cpu, cuda"), ("cuda:99", "cuda:99, and")]
+)
+def test_a_device_that_is_not_there(name, says):
+    with pytest.raises(BadInput, match=says):
+        device.torch_device(name)
 
 
 def test_a_corrupt_recording_costs_one_utterance(run_tool, clips, base):

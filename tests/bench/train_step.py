@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import math
 import multiprocessing
+import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -197,24 +198,32 @@ def compare(part: str, dtype: str, args: argparse.Namespace) -> None:
 
 
 def feed(folder: Path) -> None:
-    """Print how long an epoch's batches take without a model."""
-    shards, groups = Shards(folder / "parquet" / "data.list"), []
+    """Print how long an epoch's batches take without a model, the median of five times."""
+    shards = Shards(folder / "parquet" / "data.list")
     groups = [(first, rows) for _, _, first, rows in shards.groups]
-    say = {}
-    for part, collate, costs in (
-        ("llm", partial(llm.collate, layout=llm.Layout()), shards.text_token.lengths + shards.speech_token.lengths + 2),
-        ("flow", flow.collate, flow.FRAMES_PER_TOKEN * shards.speech_token.lengths),
-    ):
-        start = time.monotonic()
+
+    def from_shards(part: str) -> None:
+        costs = flow.FRAMES_PER_TOKEN * shards.speech_token.lengths
+        if part == "llm":
+            costs = shards.text_token.lengths + shards.speech_token.lengths + 2
+        collate = partial(llm.collate, layout=llm.Layout()) if part == "llm" else flow.collate
         plan = dataset.plan(costs, groups, epoch=1, shuffle=True, max_batch=4000, seed=0, world_size=1)
         for _ in dataset.Batches(shards, plan, collate, costs, with_mel=part == "flow", seed=0, epoch=1):
             pass
-        say[f"{part} from the shards"] = time.monotonic() - start
-    start = time.monotonic()
-    for path in read_table(folder / "wav.scp").values():
-        audio.log_mel(audio.load_wav(path, audio.SAMPLE_RATE))
-    say["decoding and computing the mel"] = time.monotonic() - start
-    print(f"feed: {len(shards)} utterances; " + ", ".join(f"{name} {s * 1000:.0f} ms" for name, s in say.items()))
+        shards.cache.clear()
+
+    def from_audio() -> None:
+        for path in read_table(folder / "wav.scp").values():
+            audio.log_mel(audio.load_wav(path, audio.SAMPLE_RATE))
+
+    ways = {"llm from the shards": partial(from_shards, "llm"), "flow from the shards": partial(from_shards, "flow")}
+    ways["decoding and computing the mel"] = from_audio
+    said = []
+    for way, read in ways.items():
+        clock = Clock(torch.device("cpu"))
+        times = [(read(), clock())[1] for _ in range(5)]
+        said.append(f"{way} {1000 * statistics.median(times):.0f} ms")
+    print(f"feed: {len(shards)} utterances; {', '.join(said)}")
 
 
 def main() -> None:
