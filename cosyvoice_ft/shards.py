@@ -6,7 +6,7 @@
     speech_token    list<int16>             S ids at 25 Hz
     utt_embedding   fixed list<float>[192]  raw speaker vectors, of the utterance and the mean of its speaker
     spk_embedding   fixed list<float>[192]
-    speech_feat     binary                  log-mel (2S, 80), float16: read without decoding, 20 times as fast as a list
+    speech_feat     binary                  log-mel (2S, 80), float16, read without decoding
 
 Row groups hold 64 utterances, shards 16 row groups; a reader of tokens never touches the mel. `data.list` names the
 shards, relative to its own folder.
