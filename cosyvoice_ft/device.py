@@ -26,14 +26,16 @@ def torch_device(name: str) -> torch.device:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise BadInput(f"device: '{name}' is unknown; one of: auto, cpu, cuda, cuda:1")
-    cards = nvidia_cards()
     if name == "auto":
-        name = "cuda" if cards or torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() or nvidia_cards() else "cpu"
     if name == "cpu":
         return torch.device(name)
     if not torch.cuda.is_available():
+        cards = nvidia_cards()
         if not cards:
-            raise BadInput(f"device: {name}, and there is no NVIDIA card (nvidia-smi lists none); say --device cpu")
+            raise BadInput(
+                f"device: {name}, and no NVIDIA card is seen (by nvidia-smi and CUDA_VISIBLE_DEVICES); say --device cpu"
+            )
         raise BadInput(
             f"device: {', '.join(cards)} cannot be used by torch {torch.__version__} (built for "
             f"{torch.version.cuda or 'CPU only'}); install a torch for your driver: TORCH='torch==...' bash "

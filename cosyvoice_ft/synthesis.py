@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice_ft import audio, checkpoint, conf, text
 from cosyvoice_ft.files import BadInput
+from cosyvoice_ft.models.cfm import torch_generator
 from cosyvoice_ft.models.flow import CausalMaskedDiffWithXvec
 from cosyvoice_ft.models.hift import HiFTGenerator
 from cosyvoice_ft.models.llm import Qwen2LM, Request
@@ -285,7 +286,8 @@ class Synthesizer:
             embedding=torch.cat([part.sentence.voice.embedding for part in parts]).to(self.device),
             n_timesteps=self.settings["flow"]["n_timesteps"],
         )
-        rows, speed = [row[:, :n] for row, n in zip(mel, frames.tolist(), strict=True)], self.settings["synth"]["speed"]
+        rows = [row[:, :n] for row, n in zip(mel, frames.tolist(), strict=True)]
+        speed = self.settings["synth"]["speed"]
         if speed != 1:
             sizes = [max(1, int(row.shape[1] / speed)) for row in rows]
             rows = [F.interpolate(row[None], size=n, mode="linear")[0] for row, n in zip(rows, sizes, strict=True)]
@@ -293,17 +295,14 @@ class Synthesizer:
 
     def waves(self, mels: list[Tensor], seeds: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Mels (T, 80) -> the wave (480 T,) of each, side by side."""
-        hop, sines = self.hift.hop, self.hift.m_source.l_linear.in_features
-        frames, noise = [len(mel) for mel in mels], []
-        for n, seed in zip(frames, seeds, strict=True):
-            generator = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**63)))
-            noise.append(torch.randn(hop * n, sines, generator=generator))
+        frames = [len(mel) for mel in mels]
+        noise = self.hift.draw_noise(frames, [torch_generator(np.random.default_rng(seed)) for seed in seeds])
         wav, _ = self.hift(
             pad_sequence(mels, batch_first=True).transpose(1, 2),
-            pad_sequence(noise, batch_first=True).to(self.device),
+            noise.to(self.device),
             torch.tensor(frames, device=self.device),
         )
-        return [row[: hop * n] for row, n in zip(wav.cpu(), frames, strict=True)]
+        return [row[: self.hift.hop * n] for row, n in zip(wav.cpu(), frames, strict=True)]
 
     def join(self, sentence: Sentence, parts: Sequence[Segment]) -> Spoken:
         """Put the segments of a sentence together, with a pause between them."""

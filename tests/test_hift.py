@@ -101,6 +101,16 @@ def test_a_row_of_a_batch_is_the_row_alone(model, no_grad, frames):
         assert not wav[i, samples:].any()
 
 
+def test_noise_comes_from_the_generator_of_each_row(model):
+    def drawn(frames, seeds):
+        return model.draw_noise(frames, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    both = drawn([3, 5], [1, 2])
+    assert both.shape == (2, 5 * model.hop, 9) and not both[0, 3 * model.hop :].any()
+    assert torch.equal(both[0, : 3 * model.hop], drawn([3], [1])[0]) and torch.equal(both[1], drawn([5], [2])[0])
+    assert not torch.equal(drawn([5], [1])[0], both[1])
+
+
 def test_harmonics_keep_their_phase_over_half_a_minute(model):
     """The last second of 30 s at 220 Hz, against float64 from end to end; float32 would be off by 1.5e-3 rms."""
     frames, hop, source = 1500, model.hop, model.m_source

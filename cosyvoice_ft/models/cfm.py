@@ -30,10 +30,16 @@ t (B,), keep and streaming (B,) bool.
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 NOISE_FRAMES = 15000  # 300 s at 50 Hz
+
+
+def torch_generator(rng: np.random.Generator) -> torch.Generator:
+    """Return a generator of torch's on the CPU, seeded by the next number of `rng`."""
+    return torch.Generator().manual_seed(int(rng.integers(2**63)))
 
 
 @lru_cache(maxsize=2)

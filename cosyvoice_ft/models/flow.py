@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice_ft.files import BadInput
 from cosyvoice_ft.models.attention import padding_mask
-from cosyvoice_ft.models.cfm import NOISE_FRAMES, CausalConditionalCFM, fixed_noise
+from cosyvoice_ft.models.cfm import NOISE_FRAMES, CausalConditionalCFM, fixed_noise, torch_generator
 from cosyvoice_ft.models.conformer import UpsampleConformerEncoder
 from cosyvoice_ft.models.unet import CausalConditionalDecoder
 
@@ -227,12 +227,13 @@ def collate(
     frames = [FRAMES_PER_TOKEN * n for n in tokens]
     draws = [draw(rng, n, training_cfg_rate) for rng, n in zip(rngs, frames, strict=True)]
     coin, prompt_len, t, keep, generators = zip(*draws, strict=True)
-    z = torch.zeros(len(rows), max(frames), rows[0]["speech_feat"].shape[1])
+    n_mels = rows[0]["speech_feat"].shape[1]
+    z = torch.zeros(len(rows), max(frames), n_mels)
     for row, n, generator in zip(z, frames, generators, strict=True):
-        torch.randn(n, len(row[0]), generator=generator, out=row[:n])
+        torch.randn(n, n_mels, generator=generator, out=row[:n])
     pairs = list(zip(rows, tokens, frames, strict=True))
     return {
-        "count": float(sum(frames) * z.shape[2]),
+        "count": float(sum(frames) * n_mels),
         "speech_token": padded([row["speech_token"][:n] for row, n, _ in pairs], np.int64),
         "speech_token_len": torch.tensor(tokens),
         "speech_feat": padded([row["speech_feat"][:n] for row, _, n in pairs]),
@@ -247,11 +248,11 @@ def collate(
 
 
 def draw(rng: np.random.Generator, frames: int, training_cfg_rate: float) -> tuple[bool, int, float, bool, Generator]:
-    """Draws of one row of `frames` frames: streaming, prompt_len, t, keep, and a generator of z (torch: faster)."""
+    """Draws of one row of `frames` frames: streaming, prompt_len, t, keep, and a generator of z, torch's for speed."""
     streaming, conditioned = rng.random() < 0.5, rng.random() >= 0.5
     prompt_len = int(rng.integers(0, int(0.3 * frames), endpoint=True))
     t, keep = rng.random(), rng.random() > training_cfg_rate
-    return streaming, prompt_len * conditioned, t, keep, Generator().manual_seed(int(rng.integers(2**63)))
+    return streaming, prompt_len * conditioned, t, keep, torch_generator(rng)
 
 
 def padded(arrays: Sequence[np.ndarray], dtype: type | None = None) -> Tensor:

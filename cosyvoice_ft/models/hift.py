@@ -261,6 +261,12 @@ class HiFTGenerator(nn.Module):
         with torch.autocast(f0.device.type, enabled=False):
             return self.m_source(f0.float(), sine_noise.float())
 
+    def draw_noise(self, frames: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        """Draw sine_noise (B, hop T, H) for rows of `frames`, each by a generator of its own; zeros at the padding."""
+        sines = self.m_source.l_linear.in_features
+        rows = [torch.randn(self.hop * n, sines, generator=g) for n, g in zip(frames, generators, strict=True)]
+        return pad_sequence(rows, batch_first=True)
+
     def stft(self, source: Tensor) -> Tensor:
         """source (B, N) -> real and imaginary parts (B, 2 K, N / istft_hop + 1)."""
         window = torch.hann_window(self.n_fft, device=source.device)  # (n_fft,)

@@ -6,14 +6,13 @@
 
 naive   llm: padded rows, softmax attention written out, logits of text and of all positions; flow: batches in random
         order, attention written out. Same weights, same rows, and the same loss, which is checked
-ours    llm: rows packed into one sequence, sdpa, cross entropy at target positions only; flow: attention as in
-        models/attention.py, sorted batches
+ours    attention as in models/attention.py; llm: rows packed into one sequence, cross entropy at target positions
+        only; flow: sorted batches
 feed    (of a packed data directory, or the demo's when it is there) all batches of an epoch without a model: tokens for
         the llm, tokens and stored mel for the flow, against decoding the audio and computing the mel on the way
 
-Utterances of 3 to 10 s, drawn with --seed. How much of the naive way's batches is padding, and so the ratio, is a
-matter of that draw: of 200 seeds the llm's eight rows have a median of 29 %, and 19 to 41 % from the 5th to the 95th
-percentile. Every case runs in a process of its own, so that its peak memory is its own.
+Utterances of 3 to 10 s, drawn with --seed: how much of the naive way's batches is padding, and so the ratio, is a
+matter of that draw. Every case runs in a process of its own, so that its peak memory is its own.
 """
 
 import argparse
@@ -140,10 +139,9 @@ def case(
     if part == "flow" and way == "naive":
         for module in (conformer, unet):
             patches.enter_context(mock.patch.object(module, "attend", naive_attention))
-    seconds, done, first_loss = dict.fromkeys(PHASES, 0.0), 0.0, None
+    seconds, done, grid, first_loss = dict.fromkeys(PHASES, 0.0), 0.0, 0, None
     groups = batches(part, way, size, seed)
     key = {"llm": "kind", "flow": "speech_feat"}[part]  # (rows, longest row, ...)
-    grid = 0
     with patches:
         for update in range(updates + 1):
             clock, spent, loss_sum, terms = Clock(place), dict.fromkeys(PHASES, 0.0), 0.0, 0.0
